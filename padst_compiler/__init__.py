@@ -1,0 +1,1 @@
+"""Train sparse layers with learned shuffles; compile the shuffles away."""

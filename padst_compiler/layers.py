@@ -1,0 +1,235 @@
+"""Sparse layers: ``y = S (P x) + b`` in the place of a linear layer, with its name, hooks and mode.
+
+A dense module is converted by changing its class, so references to it, its hooks and its attributes
+stay. The trainable Parameter is ``values`` (nnz numbers); ``weight`` reads as the effective dense
+weight, so code that uses ``layer.weight`` directly computes with the right numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padst_compiler.ops import LINEAR
+from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.structures import Shape, Structure
+
+__all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
+
+
+class SparseLayer(nn.Module):
+    """What every sparse layer has; made by ``adopt``, never constructed.
+
+    ``side`` names where the permutation acts: "input" for ``S (P x)``, "output" for ``P (S x)``.
+    """
+
+    structure: Structure
+    shape: Shape
+    side: str
+    permutation: Permutation | None
+    recorder: nn.Module | None
+    dense_type: type[nn.Module]
+    values: nn.Parameter
+    indices: Tensor
+    bias: nn.Parameter | None
+
+    @classmethod
+    def adopt(
+        cls,
+        module: nn.Module,
+        structure: Structure,
+        indices: Tensor,
+        permutation: Permutation | None,
+        side: str,
+        values: Tensor | None = None,
+    ) -> SparseLayer:
+        """Turn ``module`` into a sparse layer in place.
+
+        Args:
+            module: a dense module of this class's kind; its ``weight`` is dropped.
+            structure: the family of masks.
+            indices: the kept units, in the structure's layout.
+            permutation: of ``in_features`` or ``out_features``, by ``side``; None for none.
+            side: "input" or "output".
+            values: start values; by default the dense weights under the mask, rescaled to the
+                sparse fan-in so that the outputs keep their variance.
+        """
+        weight = cls.matrix_of(module)
+        shape = Shape(*weight.shape)
+        indices = indices.to(weight.device)
+        if values is None:
+            kept = 1.0 - structure.actual_sparsity(shape, structure.slots(indices, shape).shape[1])
+            values = structure.pack(weight, indices) / kept**0.5
+        trainable = module.weight.requires_grad
+        dense_type = type(module)
+        order = list(module._parameters)
+        del module.weight
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.dense_type = dense_type
+        module.structure, module.shape, module.side = structure, shape, side
+        module.values = nn.Parameter(values.detach().to(weight.dtype).clone(), trainable)
+        bias = module._parameters.pop("bias", None)
+        if "bias" in order:
+            module._parameters["bias"] = bias  # parameters() lists values where weight stood
+        module.register_buffer("indices", indices.clone())
+        module.permutation = permutation
+        module.recorder = None
+        return module
+
+    @staticmethod
+    def matrix_of(module: nn.Module) -> Tensor:
+        """Return the ``(o, i)`` weight of a dense module of this kind."""
+        raise NotImplementedError("A kind of sparse layer must say where its dense weight is.")
+
+    def dense_form(self, matrix: Tensor) -> Tensor:
+        """Return ``matrix (o, i)`` in the shape of the dense module's ``weight``."""
+        return matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective dense weight ``S P`` (or ``P S``) in the dense module's shape; computed."""
+        matrix = self.structure.unpack(self.values, self.indices, self.shape)
+        if self.permutation is not None:
+            soft = self.permutation.matrix().to(matrix.dtype)
+            matrix = matrix @ soft if self.side == "input" else soft @ matrix
+        return self.dense_form(matrix)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the structured weight."""
+        return 1.0 - self.values.numel() / self.shape.numel
+
+    @property
+    def soft_permutation(self) -> SinkhornPermutation | None:
+        """The permutation while it is soft, else None."""
+        return self.permutation if isinstance(self.permutation, SinkhornPermutation) else None
+
+    def harden(self) -> None:
+        """Replace a soft permutation by its index map; nothing else changes."""
+        soft = self.soft_permutation
+        if soft is not None:
+            self.permutation = FixedPermutation(soft.harden(), soft.logits.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``S (P x) + b`` for tokens ``x (..., i)``."""
+        values, bias = self.values, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        permutation, inside = self.permutation, self.side == "input"
+        if permutation is not None and inside:
+            x = permutation(x)
+        late_bias = permutation is not None and not inside
+        y: Tensor = LINEAR[self.structure.name](
+            x, values, self.indices, None if late_bias else bias, self.shape.out_features
+        )
+        if self.recorder is not None and torch.is_grad_enabled():
+            y = self.recorder(y, x)
+        if permutation is not None and not inside:
+            y = permutation(y)
+            y = y if bias is None else y + bias
+        return y
+
+    def extra_repr(self) -> str:
+        """Name shape, structure, sparsity and side."""
+        return (
+            f"{self.shape.in_features} -> {self.shape.out_features}, {self.structure}, "
+            f"sparsity={self.sparsity:.4f}, side={self.side}, bias={self.bias is not None}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accept a dense checkpoint: its weight is packed under the present mask."""
+        dense = state_dict.get(f"{prefix}weight")
+        if dense is not None and f"{prefix}values" not in state_dict:
+            # In place: torch hands each module a copy of its own, and children read from it next.
+            del state_dict[f"{prefix}weight"]
+            matrix = self._undo_permutation(self._matrix_from(dense))
+            state_dict[f"{prefix}values"] = self.structure.pack(matrix, self.indices)
+            state_dict[f"{prefix}indices"] = self.indices
+            for name, tensor in self.named_buffers():
+                state_dict.setdefault(prefix + name, tensor)
+            for name, tensor in self.named_parameters():
+                if name.startswith("permutation."):
+                    state_dict.setdefault(prefix + name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _matrix_from(self, dense: Tensor) -> Tensor:
+        return dense.to(self.values.device).reshape(self.shape.out_features, -1)
+
+    def _undo_permutation(self, matrix: Tensor) -> Tensor:
+        if not isinstance(self.permutation, FixedPermutation):
+            return matrix
+        if self.side == "input":  # column j of S reads input perm[j]
+            return matrix[:, self.permutation.perm]
+        return torch.empty_like(matrix).index_copy(0, self.permutation.perm, matrix)
+
+
+class SparseLinear(SparseLayer, nn.Linear):
+    """The sparse form of ``nn.Linear``."""
+
+    @staticmethod
+    def matrix_of(module: nn.Module) -> Tensor:
+        """Return ``weight``."""
+        assert isinstance(module, nn.Linear)
+        return module.weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``S (P x) + b``: ``(..., i) -> (..., o)``."""
+        return self.product(x)
+
+
+class SparseConv1D(SparseLayer):
+    """The sparse form of Hugging Face's ``Conv1D``, whose weight is ``(i, o)``."""
+
+    @staticmethod
+    def matrix_of(module: nn.Module) -> Tensor:
+        """Return ``weight`` transposed."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().t()
+
+    def dense_form(self, matrix: Tensor) -> Tensor:
+        """Return ``(i, o)``."""
+        return matrix.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``S (P x) + b``: ``(..., i) -> (..., o)``."""
+        return self.product(x)
+
+    def _matrix_from(self, dense: Tensor) -> Tensor:
+        return dense.to(self.values.device).t()
+
+
+class SparsePointwiseConv(SparseLayer):
+    """The sparse form of a 1x1 convolution in one, two or three dimensions."""
+
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def matrix_of(module: nn.Module) -> Tensor:
+        """Return ``weight`` without its spatial axes."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().flatten(1)
+
+    def dense_form(self, matrix: Tensor) -> Tensor:
+        """Return ``(o, i, 1, ...)``."""
+        return matrix.view(*matrix.shape, *([1] * len(self.stride)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution: ``(n, i, *space) -> (n, o, *space / stride)``."""
+        axis = x.dim() - len(self.stride) - 1  # the channel axis, with or without a batch
+        if any(step != 1 for step in self.stride):
+            x = x[(..., *(slice(None, None, step) for step in self.stride))]
+        return self.product(x.movedim(axis, -1)).movedim(-1, axis)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """Return the sparse layers of ``model`` by qualified name, each once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}

@@ -1,0 +1,208 @@
+"""What a structure is: a family of masks, how it is stored, and its reference product.
+
+A structure sees the weight ``w: (o, i)`` as a table of *units* in *groups*. Every group keeps the same
+number ``k`` of units for ever, so nothing that is stored ever changes its shape:
+
+==============  ===========================  ======================  =================
+structure       groups                       candidates in a group   unit
+==============  ===========================  ======================  =================
+block           block rows (o / b)           block columns (i / b)   b x b weights
+nm              o * (i / m)                  m                       one weight
+diagonal        1                            max(o, i) offsets       min(o, i) weights
+fan_in          o                            i                       one weight
+unstructured    1                            o * i                   one weight
+==============  ===========================  ======================  =================
+
+``indices`` (int32) names the kept candidates and ``values`` holds their weights, so the trainable
+numbers are ``nnz`` numbers. All growth rules work on ``slots``: indices seen as ``(groups, k)``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from padst_compiler.index_map import IndexMap
+
+__all__ = ["ElementStructure", "Shape", "Structure"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight's shape, ``(out_features, in_features)``."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the dense layer."""
+        return self.out_features * self.in_features
+
+    def __str__(self) -> str:
+        """``out x in``."""
+        return f"{self.out_features}x{self.in_features}"
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """A family of masks; the fields of a subclass are its parameters."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def of_storage(cls, indices: Tensor, shape: Shape) -> Structure:
+        """Return the structure whose ``indices`` these are, with the sizes that they imply."""
+        del indices, shape
+        return cls()
+
+    # -- which masks are allowed ---------------------------------------------------------------
+
+    def refusal(self, shape: Shape) -> str | None:
+        """Return why the structure cannot tile ``shape``, with the cure; None where it can."""
+        del shape
+        return None
+
+    @abstractmethod
+    def table(self, shape: Shape) -> tuple[int, int]:
+        """Return ``(groups, candidates)``."""
+
+    @abstractmethod
+    def unit(self, shape: Shape) -> tuple[int, ...]:
+        """Return the shape of one unit's weights; ``()`` for single weights."""
+
+    def index_shape(self, shape: Shape, kept: int) -> tuple[int, ...]:
+        """Return the shape of ``indices``; ``(groups, kept)`` unless a structure says otherwise."""
+        return (self.table(shape)[0], kept)
+
+    def kept(self, shape: Shape, sparsity: float) -> int:
+        """Return the number of units that each group keeps: the nearest to ``1 - sparsity``, >= 1."""
+        candidates = self.table(shape)[1]
+        return min(candidates, max(1, round((1.0 - sparsity) * candidates)))
+
+    def actual_sparsity(self, shape: Shape, kept: int) -> float:
+        """Return the sparsity reached, the fraction of zeros in the effective weight."""
+        groups, _ = self.table(shape)
+        return 1.0 - groups * kept * math.prod(self.unit(shape)) / shape.numel
+
+    # -- scores and selection ------------------------------------------------------------------
+
+    @abstractmethod
+    def unit_scores(self, dense: Tensor) -> Tensor:
+        """Score every candidate unit.
+
+        Args:
+            dense: ``(o, i)``, a weight or a gradient; its magnitudes count.
+
+        Returns:
+            ``(groups, candidates)``, non-negative, float32 or wider.
+        """
+
+    def select(self, dense: Tensor, kept: int) -> Tensor:
+        """Return the indices of the ``kept`` best units of each group, ascending."""
+        scores = self.unit_scores(dense)
+        best = scores.topk(kept, dim=1).indices.sort(dim=1).values
+        return best.to(torch.int32).view(self.index_shape(_shape_of(dense), kept))
+
+    def slots(self, indices: Tensor, shape: Shape) -> Tensor:
+        """View ``indices`` as ``(groups, k)``."""
+        return indices.view(self.table(shape)[0], -1)
+
+    def slot_values(self, values: Tensor, shape: Shape) -> Tensor:
+        """View ``values`` as ``(groups, k, weights of a unit)``."""
+        groups, size = self.table(shape)[0], math.prod(self.unit(shape))
+        return values.view(groups, -1, size)
+
+    def slot_scores(self, values: Tensor, shape: Shape) -> Tensor:
+        """Score the stored units as ``unit_scores`` does: ``(groups, k)``."""
+        return self.slot_values(values, shape).float().norm(dim=2)
+
+    # -- storage -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def pack(self, dense: Tensor, indices: Tensor) -> Tensor:
+        """Gather the kept weights of ``dense: (o, i)`` into ``values``."""
+
+    @abstractmethod
+    def unpack(self, values: Tensor, indices: Tensor, shape: Shape) -> Tensor:
+        """Scatter ``values`` into a dense ``(o, i)`` weight; differentiable in ``values``."""
+
+    def mask(self, indices: Tensor, shape: Shape) -> Tensor:
+        """Return the boolean mask ``(o, i)``."""
+        size = self.unit(shape)
+        ones = torch.ones((*indices.shape, *size), dtype=torch.float32, device=indices.device)
+        return self.unpack(ones, indices, shape) != 0
+
+    # -- the reference product -----------------------------------------------------------------
+
+    def linear(self, x: Tensor, values: Tensor, indices: Tensor, out_features: int) -> Tensor:
+        """Return ``x S^T``: ``x (..., i) -> (..., o)``."""
+        shape = Shape(out_features, x.shape[-1])
+        return F.linear(x, self.unpack(values, indices, shape))
+
+    def linear_dx(self, grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+        """Return the gradient of ``x``: ``grad (..., o) -> (..., i)``."""
+        shape = Shape(grad.shape[-1], in_features)
+        return grad @ self.unpack(values, indices, shape)
+
+    def linear_dw(self, grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        """Return the gradient of ``values`` from ``grad (..., o)`` and ``x (..., i)``."""
+        return self.pack(grad.flatten(0, -2).t() @ x.flatten(0, -2), indices)
+
+    # -- symmetry: the permutations that the family absorbs for free ----------------------------
+
+    @property
+    @abstractmethod
+    def vacuous_sides(self) -> frozenset[str]:
+        """Sides ("input", "output") on which every permutation is absorbed: nothing to learn."""
+
+    @abstractmethod
+    def absorbs_columns(self, perm: IndexMap, shape: Shape) -> bool:
+        """Whether ``S (P x)`` is again in the family, for every S in it."""
+
+    @abstractmethod
+    def absorbs_rows(self, perm: IndexMap, shape: Shape) -> bool:
+        """Whether ``P (S x)`` is again in the family, for every S in it."""
+
+    @abstractmethod
+    def fold_columns(
+        self, values: Tensor, indices: Tensor, perm: Tensor, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values and indices of ``S P``; call where ``absorbs_columns`` holds."""
+
+    @abstractmethod
+    def fold_rows(
+        self, values: Tensor, indices: Tensor, perm: Tensor, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values and indices of ``P S``; call where ``absorbs_rows`` holds."""
+
+
+@dataclass(frozen=True)
+class ElementStructure(Structure):
+    """A structure whose stored weights each have one coordinate in the dense weight."""
+
+    @abstractmethod
+    def coordinates(self, indices: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return the row and the column (int64, broadcastable to ``values``) of every weight."""
+
+    def pack(self, dense: Tensor, indices: Tensor) -> Tensor:
+        """Gather the kept weights of ``dense: (o, i)`` into ``values``."""
+        rows, columns = self.coordinates(indices, _shape_of(dense))
+        return dense.flatten()[rows * dense.shape[1] + columns]
+
+    def unpack(self, values: Tensor, indices: Tensor, shape: Shape) -> Tensor:
+        """Scatter ``values`` into a dense ``(o, i)`` weight; differentiable in ``values``."""
+        rows, columns = self.coordinates(indices, shape)
+        flat = (rows * shape.in_features + columns).reshape(-1)
+        dense = values.new_zeros(shape.numel).scatter(0, flat, values.reshape(-1))
+        return dense.view(shape.out_features, shape.in_features)
+
+
+def _shape_of(dense: Tensor) -> Shape:
+    return Shape(dense.shape[0], dense.shape[1])
