@@ -1,0 +1,84 @@
+"""Block formulations: one batched product over rows of blocks.
+
+Token-major gathers ``(o/b, t, k*b)`` tiles of x; feature-major gathers rows of ``x^T``. Inductor fuses
+the gather with what stands before it (a permutation, a cast) and the last copy with what follows (bias,
+activation, residual). A row of blocks has the same number of blocks as any other, so the batched
+product has no padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from padst_compiler.formulation import Formulation, Geometry, gemm, moved
+from padst_compiler.structures import Block
+
+__all__ = ["DW", "DX", "LINEAR"]
+
+
+def token_major(
+    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return ``x S^T + bias``: gather blocks of tokens, one bmm."""
+    y = Block(values.shape[-1]).linear(x, values, indices, out_features)
+    return y if bias is None else y + bias
+
+
+def feature_major(
+    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return ``x S^T + bias``: gather rows of ``x^T``, one bmm, transpose back."""
+    rows, kept, b, _ = values.shape
+    inside = torch.arange(b, device=indices.device)
+    features = (indices.long()[..., None] * b + inside).reshape(-1)
+    gathered = x.reshape(-1, x.shape[-1]).t().index_select(0, features)
+    y = torch.bmm(
+        values.reshape(rows, kept * b, b).transpose(1, 2), gathered.reshape(rows, kept * b, -1)
+    )
+    y = y.reshape(out_features, -1).t().reshape(*x.shape[:-1], out_features)
+    return y if bias is None else y + bias
+
+
+def scatter_dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """Return ``grad S``: one bmm, then every block adds to its block column."""
+    return Block(values.shape[-1]).linear_dx(grad, values, indices, in_features)
+
+
+def block_dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """Return the gradient of the kept blocks: one bmm over tokens."""
+    return Block(grad.shape[-1] // indices.shape[0]).linear_dw(grad, x, indices)
+
+
+def _batched(g: Geometry, copies: float) -> float | None:
+    if not isinstance(g.structure, Block) or g.device == "cuda":
+        return None  # on a GPU nothing here is measured yet: dense until it is
+    b = g.structure.size
+    rows = g.shape.out_features // b
+    efficiency = {4: 0.1, 8: 0.15, 16: 0.3, 32: 0.5, 64: 0.7}.get(b, 0.3 if b < 32 else 0.75)
+    product = gemm(g.tokens, g.kept * b, b, rows, efficiency)
+    gather = moved(rows * g.tokens * g.kept * b, g.item)
+    return product + gather + moved(copies * g.tokens * g.shape.out_features, g.item)
+
+
+def _feature_major(g: Geometry) -> float | None:
+    cost = _batched(g, 1.0)
+    if cost is None:
+        return None
+    # Transposing costs more the fewer tokens there are per feature; small blocks gather whole rows.
+    small = isinstance(g.structure, Block) and g.structure.size < 16
+    return cost * (0.6 if small and g.tokens >= 32 else 1.15)
+
+
+def _scattered(g: Geometry) -> float | None:
+    cost = _batched(g, 1.0)
+    blocks = g.shape.out_features * g.kept * g.tokens
+    return None if cost is None else cost + 2.0 * moved(blocks, g.item)
+
+
+LINEAR = (
+    Formulation("bmm_token_major", token_major, lambda g: _batched(g, 1.0)),
+    Formulation("bmm_feature_major", feature_major, _feature_major),
+)
+DX = (Formulation("bmm_scatter", scatter_dx, _scattered),)
+DW = (Formulation("bmm", block_dw, lambda g: _batched(g, 1.0)),)

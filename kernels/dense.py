@@ -1,0 +1,50 @@
+"""Dense formulations of every structured operator: the candidate that is never much slower than dense.
+
+With frozen weights the materialised weight is made once, so this is exactly the dense layer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from padst_compiler.formulation import Formulation, Geometry, gemm, moved
+from padst_compiler.structures import Shape, Structure
+
+__all__ = ["dense"]
+
+
+def dense(kind: type[Structure]) -> tuple[Formulation, Formulation, Formulation]:
+    """Return the dense formulations of a structure's linear, dx and dw."""
+
+    def linear(
+        x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        shape = Shape(out_features, x.shape[-1])
+        weight = kind.of_storage(indices, shape).unpack(values, indices, shape)
+        return F.linear(x, weight, bias)
+
+    def dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+        shape = Shape(grad.shape[-1], in_features)
+        return grad @ kind.of_storage(indices, shape).unpack(values, indices, shape)
+
+    def dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        shape = Shape(grad.shape[-1], x.shape[-1])
+        full = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return kind.of_storage(indices, shape).pack(full, indices).contiguous()
+
+    return (
+        Formulation("dense", linear, _with_weight),
+        Formulation("dense", dx, _with_weight),
+        Formulation("dense", dw, _with_gradient),
+    )
+
+
+def _with_weight(g: Geometry) -> float:
+    product = gemm(g.tokens, g.shape.in_features, g.shape.out_features)
+    return product if g.frozen else product + moved(1.5 * g.shape.numel, g.item)
+
+
+def _with_gradient(g: Geometry) -> float:
+    product = gemm(g.shape.out_features, g.tokens, g.shape.in_features)
+    return product + moved(0.5 * g.shape.numel + g.nnz, g.item)

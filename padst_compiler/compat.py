@@ -1,0 +1,184 @@
+"""Every private name of torch that we use, in one place, for torch 2.11 to 2.13.
+
+Nothing else in the package imports from ``torch._inductor``, ``torch._dynamo`` or ``torch._guards``.
+Each use has a test in ``tests/test_compat.py``; when a release moves a name, this file changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = [
+    "CustomGraphPass",
+    "compile_with_inductor",
+    "composed",
+    "inductor_decompositions",
+    "inductor_option_names",
+    "is_module_state",
+    "mode_options",
+    "reset_inductor",
+    "size_hint",
+    "source_digest",
+    "source_name",
+    "trace_aten",
+]
+
+Callback = Callable[..., Any]
+
+
+def trace_aten(
+    function: Callback,
+    arguments: Sequence[Any],
+    *,
+    functional: bool = False,
+    table: Mapping[Any, Callback] | None = None,
+) -> fx.GraphModule:
+    """Trace ``function`` on fake arguments into an ATen graph whose nodes carry ``meta["val"]``.
+
+    Args:
+        function: takes the arguments positionally.
+        arguments: FakeTensors of one mode, SymInts and constants; all become placeholders.
+        functional: rewrite mutations of inputs into a final ``copy_``.
+        table: decompositions to apply on the way.
+    """
+    mode = detect_fake_mode(list(arguments))
+    target = torch.func.functionalize(function, remove="mutations") if functional else function
+    if mode is None:
+        return _traced(target, arguments, table)
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True  # constants that Dynamo lifted are real tensors
+    try:
+        with mode:
+            return _traced(target, arguments, table)
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def _traced(
+    function: Callback, arguments: Sequence[Any], table: Mapping[Any, Callback] | None
+) -> fx.GraphModule:
+    with torch.no_grad(), enable_python_dispatcher():
+        graph_module: fx.GraphModule = make_fx(function, dict(table or {}))(*arguments)
+    return graph_module
+
+
+def inductor_decompositions() -> Mapping[Any, Callback]:
+    """Return the decompositions that a joint graph of Inductor has already seen."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table: Mapping[Any, Callback] = select_decomp_table()
+    return table
+
+
+def is_module_state(value: object) -> bool:
+    """Whether Dynamo passed this graph input as a Parameter or buffer of a module."""
+    return isinstance(value, Tensor) and hasattr(value, "_dynamo_static_input_type")
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Return where Dynamo read a graph input, as ``L['self']._modules['fc1']...``; "" if unknown."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Return Inductor's settings for a ``torch.compile`` mode.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ValueError(f"Expected a mode of {sorted(known)}. Got {mode!r}. Leave mode out.")
+    return dict(known[mode])
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """Return a size, or for a symbolic one the size that it was traced with."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1024 if hint is None else int(hint)
+
+
+def reset_inductor() -> None:
+    """Drop Inductor's CUDA graphs, as ``torch.compiler.reset()`` does for its own backend."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Return the names that ``options`` may pass on to Inductor."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def compile_with_inductor(
+    graph_module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
+) -> Callback:
+    """Compile through ``compile_fx``, so that caches, autotuning, CUDA graphs and autograd work."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Callback = compile_fx(graph_module, list(examples), config_patches=options)
+    return compiled
+
+
+def composed(ours: CustomGraphPass) -> CustomGraphPass:
+    """Return ``ours`` after the joint pass that the user configured, if there is one."""
+    from torch._inductor import config
+
+    present: Any = config.joint_custom_pre_pass
+    if present is None:
+        return ours
+    return _Both(tuple(present) if isinstance(present, list | tuple) else (present,), ours)
+
+
+class _Both(CustomGraphPass):
+    """Another library's joint passes, then ours; the cache key names both."""
+
+    def __init__(self, others: tuple[Any, ...], ours: CustomGraphPass) -> None:
+        self.others, self.ours = others, ours
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for other in self.others:
+            other(graph)
+        self.ours(graph)
+
+    def uuid(self) -> Any:
+        ids = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
+        return None if None in ids else (*ids, self.ours.uuid())  # None: not cacheable, as theirs is
+
+
+def source_digest(extra: str) -> str:
+    """Hash all of our sources, torch's version and ``extra``: the part of a cache key that is ours.
+
+    Inductor does not see what a pass or a lowering does; without this a stale cache answers.
+    """
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256(f"{torch.__version__}|{extra}".encode())
+    folders = [root, root / "structures"]
+    folders += [root / name for name in ("passes", "kernels", "export")]
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""Work on frozen Parameters is done once, not on every call; a write to them is noticed.
+
+``split`` moves every node that depends on frozen placeholders only into a *prologue*. ``FrozenCall``
+runs it once, keeps the results as inputs of the main graph, and looks at each call whether a tensor
+that the prologue read was written (version counter) or replaced (address): then it runs again. Writes
+through ``tensor.data`` do not move the version counter and go unseen: use ``copy_`` under no_grad.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from padst_compiler.rewrite import ATEN, Facts
+
+__all__ = ["FrozenCall", "Split", "split"]
+
+_VIEWS = frozenset(
+    {
+        ATEN.t.default,
+        ATEN.transpose.int,
+        ATEN.permute.default,
+        ATEN.view.default,
+        ATEN.unsqueeze.default,
+        ATEN.squeeze.dim,
+        ATEN.expand.default,
+        ATEN.detach.default,
+        ATEN.alias.default,
+        ATEN.slice.Tensor,
+        ATEN.select.int,
+        ATEN._unsafe_view.default,
+    }
+)
+
+
+@dataclass
+class Split:
+    """A graph in two parts; positions count the placeholders of the original graph."""
+
+    prologue: fx.GraphModule | None
+    prologue_inputs: list[int]
+    main: fx.GraphModule
+    main_inputs: list[int]
+    derived: list[Any]  # fake values of the prologue's results, the last inputs of main
+
+
+def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
+    """Move the nodes that depend on frozen placeholders only into a prologue."""
+    graph = graph_module.graph
+    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    early = {n for n in graph.nodes if n.op == "call_function" and facts.is_frozen(n)}
+    _return_views(graph, early)
+    border = [n for n in graph.nodes if n in early and any(u not in early for u in n.users)]
+    if not border:
+        return Split(None, [], graph_module, list(range(len(holders))), [])
+    prologue, used = _prologue(border, holders)
+    for node in border:
+        with graph.inserting_before(_first_non_placeholder(graph)):
+            holder = graph.placeholder(f"frozen_{node.name}")
+        holder.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(holder, delete_user_cb=lambda user: user not in early)
+    graph.eliminate_dead_code()
+    kept = []
+    for position, holder in enumerate(holders):
+        if holder.users:
+            kept.append(position)
+        else:
+            graph.erase_node(holder)
+    graph.lint()
+    main = fx.GraphModule(graph_module, graph)
+    return Split(prologue, used, main, kept, [n.meta["val"] for n in border])
+
+
+def _return_views(graph: fx.Graph, early: set[fx.Node]) -> None:
+    """Leave views at the border in the main graph: they cost nothing there and copy nothing here."""
+    for node in reversed(list(graph.nodes)):
+        late = any(user not in early for user in node.users)
+        if node in early and node.target in _VIEWS and late:
+            early.discard(node)
+
+
+def _prologue(border: list[fx.Node], holders: list[fx.Node]) -> tuple[fx.GraphModule, list[int]]:
+    needed: set[fx.Node] = set()
+    stack = list(border)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph, env = fx.Graph(), {}
+    for node in border[0].graph.nodes:
+        if node in needed:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[n] for n in border))
+    used = [i for i, holder in enumerate(holders) if holder in needed]
+    return fx.GraphModule(torch.nn.Module(), graph), used
+
+
+def _first_non_placeholder(graph: fx.Graph) -> fx.Node:
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
+class FrozenCall:
+    """A compiled main graph with its prologue's results, kept up to date."""
+
+    def __init__(
+        self,
+        parts: Split,
+        compiled: Callable[..., Any],
+        original: Callable[..., Any],
+        watched: Sequence[int],
+        arguments: Sequence[Any],
+    ) -> None:
+        """Remember the state of the tensors that the graph was derived from.
+
+        Args:
+            parts: the split graph.
+            compiled: runs ``parts.main``.
+            original: the graph as it was captured, right for any numbers.
+            watched: positions of the tensors whose numbers shaped the graph (permutations).
+            arguments: the present tensors, in the order of the original placeholders.
+        """
+        self._parts, self._compiled, self._original = parts, compiled, original
+        self._watched = list(watched)
+        self._shaped_by = _state(arguments, self._watched)
+        self._derived_from: tuple[int, ...] | None = None
+        self._derived: Sequence[Tensor] = ()
+        self._void = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run on the original graph's inputs."""
+        if self._void or self._shaped_by != _state(arguments, self._watched):
+            return self._run_original(arguments)
+        parts = self._parts
+        if parts.prologue is not None:
+            state = _state(arguments, parts.prologue_inputs)
+            if state != self._derived_from:
+                with torch.no_grad():
+                    self._derived = parts.prologue(*(arguments[i] for i in parts.prologue_inputs))
+                self._derived_from = state
+        return self._compiled(*(arguments[i] for i in parts.main_inputs), *self._derived)
+
+    def _run_original(self, arguments: Sequence[Any]) -> Any:
+        if not self._void:
+            self._void = True
+            warnings.warn(
+                "A permutation that was folded at compile time has changed (a new state_dict?). The "
+                "unfolded graph runs from now on: right, but slower. Call torch.compile again on "
+                "the model after torch.compiler.reset().",
+                stacklevel=3,
+            )
+        return self._original(*arguments)
+
+
+def _state(arguments: Sequence[Any], positions: Sequence[int]) -> tuple[int, ...]:
+    state: list[int] = []
+    for position in positions:
+        tensor = arguments[position]
+        state += (tensor.data_ptr(), tensor._version)
+    return tuple(state)

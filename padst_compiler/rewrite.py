@@ -1,0 +1,187 @@
+"""The contract of a pass: it changes an ATen graph, counts how often it fired and says what it left.
+
+A pass may rely on the numbers of a tensor only through ``Facts``: in an inference graph Parameters and
+buffers are *frozen*, their values are known; in a training graph nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from padst_compiler.compat import trace_aten
+from padst_compiler.index_map import IndexMap
+
+__all__ = ["Facts", "Pass", "Refusal", "Report", "Rule", "inline", "run_pipeline", "shape_of"]
+
+ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place where a pass did not fire, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One place where a pass fired, and what it did."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of a pass did."""
+
+    name: str
+    fired: tuple[Rule, ...] = ()
+    left: tuple[Refusal, ...] = ()
+
+
+@dataclass
+class Facts:
+    """What is known about a graph beside its nodes.
+
+    Attributes:
+        frozen: placeholders of Parameters and buffers with their present tensors; empty in training.
+        names: placeholders with the module that owns them.
+        table: decompositions that the graph has seen, and inserted nodes must see too.
+        read: the frozen placeholders whose numbers a pass relied on: a change of them voids the graph.
+    """
+
+    frozen: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    names: Mapping[fx.Node, str] = field(default_factory=dict)
+    table: Mapping[Any, Callable[..., Any]] | None = None
+    read: set[fx.Node] = field(default_factory=set)
+    _known: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def is_frozen(self, node: object) -> bool:
+        """Whether ``node`` depends on frozen placeholders only (and on one at least)."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node not in self._known:
+            self._known[node] = self._frozen(node)
+        return self._known[node]
+
+    def _frozen(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return node in self.frozen
+        if node.op != "call_function" or not node.all_input_nodes or _is_random(node):
+            return False
+        return all(self.is_frozen(n) or _is_constant(n) for n in node.all_input_nodes) and any(
+            self.is_frozen(n) for n in node.all_input_nodes
+        )
+
+    def map_of(self, node: fx.Node) -> IndexMap | None:
+        """Return the permutation that ``node`` holds where its numbers are known."""
+        if not self.is_frozen(node):
+            return None
+        return IndexMap.of(self._value(node))
+
+    def _value(self, node: fx.Node) -> Tensor:
+        if node.op == "placeholder":
+            self.read.add(node)
+            return self.frozen[node].detach().cpu()
+        assert callable(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)
+        assert isinstance(result, Tensor)
+        return result
+
+    def owner(self, node: fx.Node) -> str:
+        """Return the module that a structured operator or a map belongs to, for reports."""
+        for source in (node, *node.all_input_nodes):
+            if source in self.names:
+                return self.names[source]
+        for source in node.all_input_nodes:
+            for deeper in source.all_input_nodes:
+                if deeper in self.names:
+                    return self.names[deeper]
+        return node.name
+
+
+class Pass(Protocol):
+    """Graph to graph; a frozen dataclass whose repr is part of the cache key."""
+
+    @property
+    def name(self) -> str:
+        """The pass's verb_object name."""
+
+    def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
+        """Rewrite in place; leave a valid graph; say what was done and what was left."""
+
+
+def run_pipeline(
+    pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts
+) -> tuple[Report, ...]:
+    """Run the passes in order; an error names the pass and those before it.
+
+    Raises:
+        RuntimeError: a pass failed or left an invalid graph.
+    """
+    reports: list[Report] = []
+    for step in pipeline:
+        try:
+            reports.append(step(graph, facts))
+            graph.eliminate_dead_code()
+            graph.lint()
+        except Exception as error:
+            before = ", ".join(r.name for r in reports) or "none"
+            raise RuntimeError(f"Pass {step.name} failed (after: {before}): {error}") from error
+    return tuple(reports)
+
+
+def inline(
+    graph: fx.Graph,
+    before: fx.Node,
+    function: Callable[..., Any],
+    arguments: Sequence[fx.Node | None | int],
+    table: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Any:
+    """Insert the ATen graph of ``function(*arguments)`` before a node; return its result node(s).
+
+    ``None`` and integers are constants; nodes bring their fake values.
+    """
+    nodes = [a for a in arguments if isinstance(a, fx.Node)]
+    fakes = [n.meta["val"] for n in nodes]
+
+    def on_tensors(*tensors: Tensor) -> Any:
+        feed = iter(tensors)
+        return function(*(next(feed) if isinstance(a, fx.Node) else a for a in arguments))
+
+    traced = trace_aten(on_tensors, fakes, table=table)
+    env: dict[fx.Node, fx.Node] = {}
+    holders = iter(nodes)
+    with graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(holders)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: env[n])
+            else:
+                env[node] = graph.node_copy(node, lambda n: env[n])
+    raise AssertionError("a traced graph ends with its output")
+
+
+def shape_of(node: object) -> tuple[Any, ...] | None:
+    """Return the shape of a tensor-valued node, else None."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.all_input_nodes and not _is_random(node)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags

@@ -1,0 +1,142 @@
+"""Replace every ``padst::`` operator by the formulation that is predicted to run fastest.
+
+    before   y = padst.block_linear(x, values, indices, bias, 3072)
+    after    t = x.view(...).transpose(0, 1).index_select(0, indices) ...
+             y = bmm(t, values) ... + bias            # "bmm_token_major", or
+             y = addmm(bias, x, unpack(values, indices).t())      # "dense"
+
+Predictions, not timings: the same model gets the same graph and hits the compile cache. A sparse
+formulation must promise at least 10 % over dense to be taken. ``prefer="dense"`` and
+``prefer="sparse"`` take that side wherever it exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from padst_compiler.compat import size_hint
+from padst_compiler.formulation import Candidates, Formulation, Geometry
+from padst_compiler.index_map import invert
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
+from padst_compiler.rewrite import Facts, Refusal, Report, Rule, inline, shape_of
+from padst_compiler.structures import Shape
+
+__all__ = ["ChooseFormulation"]
+
+PERMUTE = torch.ops.padst.permute.default
+INVERT = torch.ops.padst.invert.default
+MARGIN = 0.9  # a prediction must be this much cheaper than dense to be worth leaving dense
+
+_LINEAR, _DX, _DW = (frozenset(ops.values()) for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
+
+
+@dataclass(frozen=True)
+class ChooseFormulation:
+    """Lower structured operators and maps to ATen, one choice per site."""
+
+    candidates: Candidates = field(repr=False)
+    prefer: str = "auto"
+    name: str = "choose_formulation"
+
+    def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
+        """Lower every structured operator, then the maps that remain."""
+        fired, left = [], []
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target not in self.candidates:
+                continue
+            geometry = _geometry(node, facts)
+            choice, why = self._choose(self.candidates[node.target], geometry)
+            site = facts.owner(_indices(node))
+            fired.append(Rule(site, f"{choice.name}: {why}"))
+            arguments = [a for a in node.args if a is None or isinstance(a, fx.Node | int)]
+            assert len(arguments) == len(node.args)
+            _replace(graph, node, inline(graph, node, choice.run, arguments, facts.table))
+        left += _lower_maps(graph, facts)
+        return Report(self.name, tuple(fired), tuple(left))
+
+    def _choose(
+        self, candidates: Sequence[Formulation], geometry: Geometry
+    ) -> tuple[Formulation, str]:
+        costs = [(c.cost(geometry), c) for c in candidates]
+        dense_cost, dense = costs[-1]
+        assert dense_cost is not None
+        sparse = [(cost, c) for cost, c in costs[:-1] if cost is not None]
+        if self.prefer == "dense":
+            return dense, "dense was asked for"
+        if not sparse:
+            return dense, f"no sparse formulation of {geometry.structure.name} applies here"
+        cost, best = min(sparse, key=lambda pair: pair[0])
+        ratio = dense_cost / cost
+        if self.prefer == "sparse":
+            return best, f"sparse was asked for; predicted {ratio:.1f}x dense"
+        if cost > MARGIN * dense_cost:
+            return dense, f"{best.name} is predicted at {ratio:.2f}x dense"
+        return best, f"predicted {ratio:.1f}x dense"
+
+
+def _geometry(node: fx.Node, facts: Facts) -> Geometry:
+    first, indices = shape_of(node.args[0]), _indices(node)
+    assert first is not None and isinstance(node.target, torch._ops.OpOverload)
+    if node.target in _DW:
+        second = shape_of(node.args[1])
+        assert second is not None
+        shape = Shape(int(first[-1]), int(second[-1]))
+    elif node.target in _DX:
+        shape = Shape(int(first[-1]), _integer(node.args[3]))
+    else:
+        shape = Shape(_integer(node.args[4]), int(first[-1]))
+    structure = STRUCTURE_OF[node.target].of_storage(indices.meta["val"], shape)
+    values = node.args[1] if node.target not in _DW else None
+    value = node.meta["val"]
+    return Geometry(
+        structure=structure,
+        shape=shape,
+        kept=structure.slots(indices.meta["val"], shape).shape[1],
+        tokens=math.prod(size_hint(n) for n in first[:-1]),
+        dtype=value.dtype,
+        device=value.device.type,
+        frozen=facts.is_frozen(values) and facts.is_frozen(indices),
+    )
+
+
+def _indices(node: fx.Node) -> fx.Node:
+    indices = node.args[2]
+    assert isinstance(indices, fx.Node)
+    return indices
+
+
+def _integer(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _lower_maps(graph: fx.Graph, facts: Facts) -> list[Refusal]:
+    """Turn remaining maps into gathers that Inductor fuses with their neighbours."""
+    left = []
+    for node in list(graph.nodes):
+        if node.target is PERMUTE:
+            left.append(
+                Refusal(facts.owner(node), "a gather remains, fused by Inductor with its reader")
+            )
+            x, perm = node.args
+            assert isinstance(x, fx.Node) and isinstance(perm, fx.Node)
+            _replace(graph, node, inline(graph, node, _gather, (x, perm), facts.table))
+        elif node.target is INVERT:
+            perm = node.args[0]
+            assert isinstance(perm, fx.Node)
+            _replace(graph, node, inline(graph, node, invert, (perm,), facts.table))
+    return left
+
+
+def _gather(x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    return x.index_select(-1, perm)
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
