@@ -11,6 +11,7 @@ Options beside Inductor's own: ``fold`` ("safe" or "off"), ``verify`` (True, Fal
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +19,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from padst_compiler import compat, recorder
+from padst_compiler.export import FORMATS, ExportReport, FoldedModule
+from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import FrozenCall, split
-from padst_compiler.kernels import CANDIDATES
-from padst_compiler.passes import FOLDS, ChooseFormulation, DropWatch
-from padst_compiler.rewrite import Facts, Pass, Report, run_pipeline
-from padst_compiler.verify import Mismatch, compare
+from padst_compiler.inputs import bind
+from padst_compiler.kernels import CANDIDATES, PORTABLE
+from padst_compiler.layers import sparse_layers
+from padst_compiler.passes import inference_passes, training_passes
+from padst_compiler.rewrite import Facts, run_pipeline
+from padst_compiler.verify import Mismatch
 
-__all__ = ["Folded", "Settings", "fold", "padst"]
+__all__ = ["Settings", "export_onnx", "fold_dynamo", "padst"]
 
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
@@ -73,27 +78,12 @@ class Settings:
                 )
         return cls(**ours), theirs
 
-    def lowering(self) -> tuple[Pass, ...]:
-        """Return the passes that every graph needs."""
-        return (DropWatch(), ChooseFormulation(CANDIDATES, prefer=self.kernels))
-
-
-@dataclass
-class Folded:
-    """A captured inference graph, folded and lowered, before the split."""
-
-    captured: fx.GraphModule
-    graph_module: fx.GraphModule
-    facts: Facts
-    reports: tuple[Report, ...]
-    verdict: str
-
 
 class _Lower(compat.CustomGraphPass):
     """Our passes on Inductor's joint graph; the uuid hashes every source that shapes the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._passes: tuple[Pass, ...] = settings.lowering()
+        self._passes = training_passes(CANDIDATES, prefer=settings.kernels)
         self._id = compat.source_digest(repr((settings, self._passes)))
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -124,44 +114,33 @@ def padst(
 padst.reset = compat.reset_inductor  # type: ignore[attr-defined]
 
 
-def fold(
+def fold_dynamo(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> Folded:
-    """Capture an inference graph, fold its permutations and choose its formulations.
+    """Fold a graph that Dynamo captured without gradients.
 
     Raises:
         Mismatch: the folded graph computes something else.
     """
     holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(holders, example_inputs, strict=True)]
-    captured = compat.trace_aten(graph_module, fakes, functional=True)
-    working = fx.GraphModule(captured, fx.Graph())
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = working.graph.graph_copy(captured.graph, mapping)
-    working.graph.output(output)
-    written = _written(captured.graph)
-    frozen, names = {}, {}
-    inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    for node, holder, example in zip(inputs, holders, example_inputs, strict=True):
-        names[mapping[node]] = _owner(compat.source_name(holder))
-        if compat.is_module_state(example) and node not in written and not example.is_inference():
-            frozen[mapping[node]] = example
-    facts = Facts(frozen, {n: name for n, name in names.items() if name})
-    passes = (*(FOLDS if settings.fold == "safe" else ()), *settings.lowering())
-    reports = run_pipeline(passes, working.graph, facts)
-    working.recompile()
-    verdict = "not asked for"
-    if settings.verify:
-        positions = {i for i, n in enumerate(inputs) if mapping[n] in frozen}
-        verdict = compare(captured, working, example_inputs, positions)
-    return Folded(captured, working, facts, reports, verdict)
+    state = {
+        position: _owner(compat.source_name(holder))
+        for position, (holder, example) in enumerate(zip(holders, example_inputs, strict=True))
+        if compat.is_module_state(example)
+    }
+    safe = settings.fold == "safe"
+    passes = inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe)
+    return fold(
+        graph_module, fakes, example_inputs, state, passes, verify=bool(settings.verify)
+    )
 
 
 def _fold_or_none(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
 ) -> Folded | None:
     try:
-        return fold(graph_module, example_inputs, settings)
+        return fold_dynamo(graph_module, example_inputs, settings)
     except Exception as error:  # capture runs the user's graph: anything can come out of it
         if settings.verify == "strict":
             raise
@@ -180,9 +159,8 @@ def _compile_folded(
     example_inputs: Sequence[Any],
     inductor: dict[str, Any],
 ) -> Callable[..., Any]:
-    inputs = [n for n in folded.graph_module.graph.nodes if n.op == "placeholder"]
-    watched = [i for i, node in enumerate(inputs) if node in folded.facts.read]
-    fakes = [node.meta["val"] for node in inputs]
+    fakes = [node.meta["val"] for node in folded.inputs]
+    watched = folded.relied_on
     parts = split(folded.graph_module, folded.facts)
     main_inputs = [*(fakes[i] for i in parts.main_inputs), *parts.derived]
     compiled = compat.compile_with_inductor(parts.main, main_inputs, inductor)
@@ -192,14 +170,66 @@ def _compile_folded(
     return FrozenCall(parts, compiled, original.forward, watched, example_inputs)
 
 
+def export_onnx(
+    model: nn.Module,
+    args: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = True,
+    tolerance: float = 1e-4,
+) -> ExportReport:
+    """Export the folded inference graph to ONNX, in standard operators only.
+
+    The model is exported in eval mode and left in the mode it was in. The file appears only after
+    onnxruntime agreed with PyTorch on it (at batch 1, 3 and the example's).
+
+    Args:
+        model: hardened; see ``padst.harden``.
+        args: example input tensor, or a tuple of them; the first axis is the batch.
+        path: the file to write.
+        dynamic_batch: leave the batch size free.
+        tolerance: largest difference allowed, relative to the largest output.
+
+    Raises:
+        ValueError: soft permutations remain, or inputs that are not tensors.
+        RuntimeError: onnxruntime disagrees with PyTorch.
+    """
+    inputs, keywords = bind(model, args)
+    if keywords or not all(isinstance(t, Tensor) for t in inputs):
+        raise ValueError(
+            "Expected positional example tensors. Got other arguments. "
+            "Wrap the model so that it takes tensors only."
+        )
+    soft = [name for name, layer in sparse_layers(model).items() if layer.soft_permutation]
+    if soft:
+        raise ValueError(
+            f"Expected hard permutations. Got soft ones in {', '.join(soft[:3])}. "
+            "Call padst.harden(model) first."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        function, fakes, examples, state = compat.exported(model, inputs, dynamic_batch)
+        passes = inference_passes(PORTABLE, prefer="auto", fold=True)
+        folded = fold(function, fakes, examples, state, passes, verify=True)
+        parts = split(folded.graph_module, folded.facts)
+        derived: Sequence[Tensor] = ()
+        if parts.prologue is not None:
+            with torch.no_grad():
+                derived = parts.prologue(*(examples[i] for i in parts.prologue_inputs))
+        constants = {p: examples[i] for p, i in enumerate(parts.main_inputs) if i in state}
+        constants |= {len(parts.main_inputs) + p: tensor for p, tensor in enumerate(derived)}
+        module = FoldedModule(parts.main, constants, len(parts.main_inputs) + len(derived))
+        return FORMATS["onnx"](
+            module, model, inputs, path, dynamic_batch=dynamic_batch, tolerance=tolerance
+        )
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def _has_padst(graph_module: fx.GraphModule) -> bool:
     return any("padst." in str(n.target) for n in graph_module.graph.nodes)
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Return the placeholders that a functional graph writes back to."""
-    copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-    return {node.args[0] for node in copies}
 
 
 def _owner(source: str) -> str:

@@ -64,21 +64,23 @@ class Facts:
     _known: dict[fx.Node, bool] = field(default_factory=dict)
 
     def is_frozen(self, node: object) -> bool:
-        """Whether ``node`` depends on frozen placeholders only (and on one at least)."""
-        if not isinstance(node, fx.Node):
-            return False
-        if node not in self._known:
-            self._known[node] = self._frozen(node)
-        return self._known[node]
+        """Whether ``node`` depends on frozen placeholders and constants only, and not on constants alone."""
+        return isinstance(node, fx.Node) and self._settled(node) and self._known[node]
 
-    def _frozen(self, node: fx.Node) -> bool:
+    def _settled(self, node: fx.Node) -> bool:
+        """Whether ``node`` is the same in every call; ``_known`` then says if a placeholder is in it."""
+        if node in self._known:
+            return True
         if node.op == "placeholder":
+            if node in self.frozen:
+                self._known[node] = True
             return node in self.frozen
-        if node.op != "call_function" or not node.all_input_nodes or _is_random(node):
+        if node.op != "call_function" or _is_random(node):
             return False
-        return all(self.is_frozen(n) or _is_constant(n) for n in node.all_input_nodes) and any(
-            self.is_frozen(n) for n in node.all_input_nodes
-        )
+        if not all(self._settled(n) for n in node.all_input_nodes):
+            return False
+        self._known[node] = any(self._known[n] for n in node.all_input_nodes)
+        return True
 
     def map_of(self, node: fx.Node) -> IndexMap | None:
         """Return the permutation that ``node`` holds where its numbers are known."""
@@ -176,10 +178,6 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     """Return the shape of a tensor-valued node, else None."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.all_input_nodes and not _is_random(node)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
-"""Graph to graph: fold permutations away, then choose how every structured operator runs.
+"""Graph to graph: fold permutations away, choose how every structured operator runs.
 
 The order is meaning. A reader comes before a writer: what a reader absorbs needs no proof of a way.
+The folds run again after the choice, because a site that was chosen dense absorbs every map.
 """
 
 from padst_compiler.passes.absorb_into_reader import AbsorbIntoReader
@@ -9,9 +10,11 @@ from padst_compiler.passes.cancel_inverse import CancelInverse
 from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
+from padst_compiler.passes.lower_maps import LowerMaps
+from padst_compiler.formulation import Candidates
 from padst_compiler.rewrite import Pass
 
-__all__ = ["FOLDS", "ChooseFormulation", "DropWatch"]
+__all__ = ["FOLDS", "inference_passes", "training_passes"]
 
 FOLDS: tuple[Pass, ...] = (
     CancelInverse(),
@@ -19,3 +22,15 @@ FOLDS: tuple[Pass, ...] = (
     AbsorbIntoReader(),
     AbsorbIntoWriter(),
 )
+
+
+def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:
+    """Return the passes for a graph whose Parameters are frozen."""
+    folds = FOLDS if fold else ()
+    choose = ChooseFormulation(candidates, prefer=prefer)
+    return (DropWatch(), *folds, choose, *folds, LowerMaps())
+
+
+def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
+    """Return the passes for a joint graph, in which no number is known."""
+    return (DropWatch(), CancelInverse(), ChooseFormulation(candidates, prefer=prefer), LowerMaps())

@@ -1,4 +1,4 @@
-"""Replace every ``padst::`` operator by the formulation that is predicted to run fastest.
+"""Replace every structured operator by the formulation that is predicted to run fastest.
 
     before   y = padst.block_linear(x, values, indices, bias, 3072)
     after    t = x.view(...).transpose(0, 1).index_select(0, indices) ...
@@ -21,15 +21,12 @@ from torch import fx
 
 from padst_compiler.compat import size_hint
 from padst_compiler.formulation import Candidates, Formulation, Geometry
-from padst_compiler.index_map import invert
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule, inline, shape_of
+from padst_compiler.rewrite import Facts, Report, Rule, inline, shape_of
 from padst_compiler.structures import Shape
 
 __all__ = ["ChooseFormulation"]
 
-PERMUTE = torch.ops.padst.permute.default
-INVERT = torch.ops.padst.invert.default
 MARGIN = 0.9  # a prediction must be this much cheaper than dense to be worth leaving dense
 
 _LINEAR, _DX, _DW = (frozenset(ops.values()) for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
@@ -37,15 +34,15 @@ _LINEAR, _DX, _DW = (frozenset(ops.values()) for ops in (LINEAR, LINEAR_DX, LINE
 
 @dataclass(frozen=True)
 class ChooseFormulation:
-    """Lower structured operators and maps to ATen, one choice per site."""
+    """Lower structured operators to ATen, one choice per site."""
 
     candidates: Candidates = field(repr=False)
     prefer: str = "auto"
     name: str = "choose_formulation"
 
     def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
-        """Lower every structured operator, then the maps that remain."""
-        fired, left = [], []
+        """Lower every structured operator of the graph."""
+        fired = []
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target not in self.candidates:
                 continue
@@ -55,9 +52,9 @@ class ChooseFormulation:
             fired.append(Rule(site, f"{choice.name}: {why}"))
             arguments = [a for a in node.args if a is None or isinstance(a, fx.Node | int)]
             assert len(arguments) == len(node.args)
-            _replace(graph, node, inline(graph, node, choice.run, arguments, facts.table))
-        left += _lower_maps(graph, facts)
-        return Report(self.name, tuple(fired), tuple(left))
+            node.replace_all_uses_with(inline(graph, node, choice.run, arguments, facts.table))
+            graph.erase_node(node)
+        return Report(self.name, tuple(fired))
 
     def _choose(
         self, candidates: Sequence[Formulation], geometry: Geometry
@@ -113,30 +110,3 @@ def _indices(node: fx.Node) -> fx.Node:
 def _integer(value: object) -> int:
     assert isinstance(value, int)
     return value
-
-
-def _lower_maps(graph: fx.Graph, facts: Facts) -> list[Refusal]:
-    """Turn remaining maps into gathers that Inductor fuses with their neighbours."""
-    left = []
-    for node in list(graph.nodes):
-        if node.target is PERMUTE:
-            left.append(
-                Refusal(facts.owner(node), "a gather remains, fused by Inductor with its reader")
-            )
-            x, perm = node.args
-            assert isinstance(x, fx.Node) and isinstance(perm, fx.Node)
-            _replace(graph, node, inline(graph, node, _gather, (x, perm), facts.table))
-        elif node.target is INVERT:
-            perm = node.args[0]
-            assert isinstance(perm, fx.Node)
-            _replace(graph, node, inline(graph, node, invert, (perm,), facts.table))
-    return left
-
-
-def _gather(x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
-    return x.index_select(-1, perm)
-
-
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)

@@ -1,0 +1,186 @@
+"""What is asked for: one frozen config, or a mapping from site names to configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from padst_compiler.distribution import DISTRIBUTIONS
+from padst_compiler.structures import STRUCTURES, Structure
+from padst_compiler.text import suggest
+
+__all__ = ["ConfigMap", "SparseConfig", "describe", "parse_structure"]
+
+VERSION = 1
+_CHOICES = {
+    "permutation": ("none", "random", "learned"),
+    "side": ("auto", "input", "output"),
+    "distribution": tuple(DISTRIBUTIONS),
+}
+# Numbers after a colon name a structure's fields in order, except where people write another one.
+_SPELLING: dict[str, tuple[tuple[str, ...], ...]] = {"nm": (("m",), ("n", "m"))}
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """What a layer becomes.
+
+    ``structure`` may be given as text and is a ``Structure`` afterwards (``family`` has its type).
+
+    Args:
+        structure: the family of masks, as ``parse_structure`` reads it.
+        sparsity: fraction of zeros, ``0 <= sparsity < 1``; a structure's own sizes (2:4) win.
+        permutation: "none", "random" (fixed) or "learned".
+        side: where the permutation acts: "input", "output", or "auto" for the narrower one.
+        distribution: "uniform" or "erk", over all layers with this same config.
+        seed: of the random masks and permutations; together with a layer's name it decides them.
+        force_permutation: learn a permutation even where the structure leaves it nothing to learn.
+        version: of this format, in checkpoints.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value that it cannot have.
+
+    Example:
+        >>> SparseConfig("nm:2:4").structure
+        NM(m=4, n=2)
+    """
+
+    structure: Structure | str = "block"
+    sparsity: float = 0.9
+    permutation: str = "learned"
+    side: str = "auto"
+    distribution: str = "uniform"
+    seed: int = 0
+    force_permutation: bool = False
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        """Check every field; parse the structure."""
+        object.__setattr__(self, "structure", parse_structure(self.structure))
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
+            raise TypeError(
+                f"Expected a number as sparsity. Got {self.sparsity!r}. Use for instance 0.9."
+            )
+        if not 0.0 <= self.sparsity < 1.0:  # NaN fails too
+            raise ValueError(
+                f"Expected 0 <= sparsity < 1. Got {self.sparsity}. "
+                "Sparsity is the fraction of zeros: use 0.9 for 90 %."
+            )
+        object.__setattr__(self, "sparsity", float(self.sparsity))
+        for field, known in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(
+                    f"Expected {field} {', '.join(known[:-1])} or {known[-1]}. Got {value!r}. "
+                    f"{suggest(str(value), known)}"
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"Expected an int as seed. Got {self.seed!r}. Use for instance 0.")
+        if self.version != VERSION:
+            raise ValueError(
+                f"Expected config version {VERSION}. Got {self.version!r}. "
+                "Use the release of padst_compiler that wrote it, or write it again with this one."
+            )
+
+    @property
+    def family(self) -> Structure:
+        """The structure, parsed."""
+        assert isinstance(self.structure, Structure)
+        return self.structure
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON, the structure as text."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"structure": describe(self.family)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparseConfig:
+        """Return the config that ``to_dict`` wrote.
+
+        Args:
+            fields: names and values; what is left out has its default.
+
+        Raises:
+            ValueError: a name is not a field's, or a value is not allowed.
+
+        Example:
+            >>> SparseConfig.from_dict(SparseConfig(sparsity=0.5).to_dict()).sparsity
+            0.5
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(
+                    f"Expected only fields of a config. Got {name!r}. {suggest(str(name), known)}"
+                )
+        return cls(**fields)
+
+
+# Keys are qualified names of sites, names of modules around them, or "re:<regex>" for a full match;
+# None leaves dense (``policy.find_config`` has the precedence).
+ConfigMap: TypeAlias = SparseConfig | Mapping[str, SparseConfig | None]
+
+
+def parse_structure(spec: Structure | str) -> Structure:
+    """Return the structure that ``spec`` names.
+
+    Args:
+        spec: a structure, or a name with sizes behind colons: ``block``, ``block:16``, ``nm``,
+            ``nm:16`` (groups of 16), ``nm:2:4`` (2 of every 4), ``diagonal``, ``fan_in``,
+            ``fan_in:8``, ``unstructured``.
+
+    Raises:
+        TypeError: ``spec`` is neither text nor a structure.
+        ValueError: the name is unknown, or the sizes are not its sizes.
+
+    Example:
+        >>> parse_structure("block:16")
+        Block(size=16)
+    """
+    if isinstance(spec, Structure):
+        return spec
+    kinds = {kind.name: kind for kind in STRUCTURES}
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"Expected a structure or its name. Got {spec!r}. Use one of {', '.join(kinds)}."
+        )
+    name, *texts = spec.split(":")
+    if name not in kinds:
+        raise ValueError(
+            f"Expected structure {', '.join(kinds)}. Got {spec!r}. {suggest(name, kinds)}"
+        )
+    sizes = [int(text) if text.isascii() and text.isdigit() else 0 for text in texts]
+    forms = [form for form in _forms(kinds[name]) if len(form) == len(sizes)]
+    if min(sizes, default=1) < 1 or not forms:
+        known = ", ".join(":".join((name, *form)) for form in _forms(kinds[name]))
+        raise ValueError(
+            f"Expected structure {known} with sizes of at least 1. Got {spec!r}. "
+            "Write the sizes as whole numbers."
+        )
+    return kinds[name](**dict(zip(forms[0], sizes, strict=True)))
+
+
+def describe(structure: Structure) -> str:
+    """Return the text that ``parse_structure`` reads back as ``structure``, every size written out.
+
+    Args:
+        structure: any structure.
+
+    Example:
+        >>> describe(parse_structure("nm:2:4")), describe(parse_structure("block"))
+        ('nm:2:4', 'block:32')
+    """
+    for form in reversed(_forms(type(structure))):
+        sizes = [getattr(structure, field) for field in form]
+        if None not in sizes:
+            return ":".join([structure.name, *map(str, sizes)])
+    raise AssertionError("The form without sizes always fits.")
+
+
+def _forms(kind: type[Structure]) -> list[tuple[str, ...]]:
+    fields = tuple(field.name for field in dataclasses.fields(kind))
+    plain = tuple(fields[:count] for count in range(1, len(fields) + 1))
+    return [(), *_SPELLING.get(kind.name, plain)]

@@ -1,0 +1,90 @@
+"""Paired timing: every contestant once per round, in turn, so that a noisy machine is fair to all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Timing", "machine", "paired", "ratio"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one contestant, one entry a round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds per call."""
+        return statistics.median(self.rounds)
+
+
+def paired(
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 11,
+    seconds: float = 0.05,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time callables against each other.
+
+    Args:
+        contestants: name to a callable without arguments; synchronise inside it on a GPU.
+        rounds: how often each is measured.
+        seconds: how long one measurement lasts at least.
+        clock: a monotonic clock in seconds.
+
+    Example:
+        >>> times = paired({"a": lambda: None, "b": lambda: None}, rounds=3, seconds=0.001)
+        >>> sorted(times)
+        ['a', 'b']
+    """
+    repeats = {}
+    for name, call in contestants.items():
+        for _ in range(3):
+            call()
+        start = clock()
+        call()
+        repeats[name] = max(1, int(seconds / max(clock() - start, 1e-7)))
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = clock()
+            for _ in range(repeats[name]):
+                call()
+            results[name].append((clock() - start) / repeats[name])
+    return {name: Timing(tuple(times)) for name, times in results.items()}
+
+
+def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
+    """Return how many times faster ``fast`` is: the median of the rounds, and its quartiles.
+
+    Example:
+        >>> ratio(Timing((4.0, 4.0, 4.0)), Timing((2.0, 2.0, 1.0)))
+        (2.0, 2.0, 4.0)
+    """
+    each = sorted(s / f for s, f in zip(slow.rounds, fast.rounds, strict=True))
+    return statistics.median(each), each[len(each) // 4], each[(3 * len(each)) // 4]
+
+
+def machine() -> str:
+    """Name the machine and the versions that a figure belongs to, in one line."""
+    import platform
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass  # not Linux: the short name will do
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
+    return (
+        f"{device}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}"
+    )

@@ -1,0 +1,242 @@
+"""The tracer: run a model once and record its ATen calls, with every linear use of a parameter.
+
+The model's own Python runs, so any control flow works, and what is recorded lies below every
+module and function: ``F.linear`` on raw parameters, einsum, packed attention and fused fast paths
+alike. The model is left as it was (``untouched.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from padst_compiler.tensors import is_plain, storage_key, tensors_in, written_by
+from padst_compiler.untouched import call_arguments, left_as_it_was
+
+__all__ = ["Trace", "Use", "trace"]
+
+_ATEN = torch.ops.aten
+# Where a product's two operands stand; either may be the weight.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    _ATEN.mm: (0, 1),
+    _ATEN.bmm: (0, 1),
+    _ATEN.mv: (0, 1),
+    _ATEN.linear: (0, 1),
+    _ATEN.matmul: (0, 1),
+    _ATEN.convolution: (0, 1),
+    _ATEN.addmm: (1, 2),
+    _ATEN._addmm_activation: (1, 2),
+    _ATEN.addmv: (1, 2),
+    _ATEN.addbmm: (1, 2),
+    _ATEN.baddbmm: (1, 2),
+}
+# One call, several layers: every matrix among the arguments is a weight. Where the width stands.
+_FUSED = {_ATEN._native_multi_head_attention: 3, _ATEN._transformer_encoder_layer_fwd: 1}
+# Copies through which a weight stays the same weight, besides views.
+_COPIES = {_ATEN.clone, _ATEN._to_copy, _ATEN._unsafe_view}
+_JOINS = {_ATEN.cat, _ATEN.stack}  # several weights become one operand
+
+
+@dataclass
+class Use:
+    """How the run used one parameter in linear operations."""
+
+    names: tuple[str, ...]  # qualified names, the first one first
+    shape: tuple[int, ...]
+    ops: tuple[str, ...] = ()
+    count: int = 0
+    flops: int = 0
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def tokens(self) -> int:
+        """How often each weight was multiplied: the rows that it met."""
+        return round(self.flops / (2 * self.weights)) if self.weights else 0
+
+
+@dataclass
+class Trace:
+    """One run of a model: its ATen graph and its linear operations."""
+
+    graph: fx.Graph
+    uses: dict[str, Use] = field(default_factory=dict)  # by a parameter's first name
+    linear_flops: int = 0  # of all products with a parameter, convolutions of any size included
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Trace:
+    """Run ``model`` once without gradients and record it.
+
+    Args:
+        model: any module, in the mode it is in.
+        example_inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: an input lies on a device where the model has nothing.
+
+    Example:
+        >>> recorded = trace(nn.Sequential(nn.Linear(4, 8)), torch.ones(3, 4))
+        >>> recorded.uses["0.weight"].tokens, recorded.linear_flops
+        (3, 192)
+    """
+    args, kwargs = call_arguments(model, example_inputs)
+    recorder = _Recorder(model, (args, kwargs))
+    with (
+        left_as_it_was(model, recorder.written),
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        recorder,
+    ):
+        output = model(*args, **kwargs)
+    nodes = [recorder.nodes[t] for t in tensors_in(output) if t in recorder.nodes]
+    recorder.result.graph.output(tuple(nodes))
+    return recorder.result
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs every call and writes it into the graph."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.result = Trace(fx.Graph())
+        self.nodes: Any = WeakTensorKeyDictionary()
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # parameters, and what they were
+        self.held: dict[int, list[tuple[int, Use, Tensor]]] = {}  # parameters by storage
+        self.buffers = {id(b): name for name, b in model.named_buffers()}
+        known: dict[tuple[int, int], Use] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not is_plain(parameter):
+                continue
+            storage, offset = key = storage_key(parameter)
+            if key not in known:
+                known[key] = Use((), tuple(parameter.shape))
+                self.held.setdefault(storage, []).append((offset, known[key], parameter))
+            known[key].names += (name,)
+        for tensor in tensors_in(inputs):
+            if tensor not in self.nodes:
+                self._name(self.result.graph.placeholder(f"input_{len(self.nodes)}"), tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # higher-order operators run as they are
+            return func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet not in _PRODUCTS:  # under inference_mode composite operators arrive whole
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        for tensor in filter(is_plain, written_by(func, args, kwargs)):
+            for _, _, held in self.held.get(storage_key(tensor)[0], ()):
+                self.written.setdefault(id(held), (held, held.detach().clone()))
+        result = func(*args, **kwargs)
+        node = self._record(func, args, kwargs, result)
+        if packet in _FUSED:
+            rows = args[0].numel() // args[_FUSED[packet]]
+            for weight in (a for a in args[1:] if isinstance(a, Tensor) and a.dim() == 2):
+                self._product(node, packet.__name__, (weight,), 2 * rows * weight.numel())
+        elif packet in _PRODUCTS:
+            first, second = (args[at] for at in _PRODUCTS[packet])
+            flops = _flops(packet, args, first, second, result)
+            wide = packet is _ATEN.convolution and (
+                args[6] or any(s != 1 for s in second.shape[2:])
+            )
+            self._product(node, "" if wide else packet.__name__, (first, second), flops)
+        return result
+
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
+        graph = self.result.graph
+        arguments = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
+        node = graph.create_node("call_function", func, *arguments)
+        if isinstance(result, Tensor):
+            self._name(node, result)
+        elif isinstance(result, (tuple, list)):
+            for at, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    self._name(graph.create_node("call_function", getitem, (node, at)), part)
+        return node
+
+    def _name(self, node: fx.Node, tensor: Tensor) -> None:
+        if is_plain(tensor):
+            node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
+        self.nodes[tensor] = node
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        if tensor not in self.nodes:  # nothing that ran made it: the model holds it
+            use = self._use_of(tensor)
+            name = use.names[0] if use else self.buffers.get(id(tensor))
+            target = name or f"_constant_{len(self.nodes)}"
+            node = self.result.graph.create_node("get_attr", target)
+            node.meta["use"] = use
+            self._name(node, tensor)
+        found: fx.Node = self.nodes[tensor]
+        return found
+
+    def _use_of(self, tensor: Tensor) -> Use | None:
+        """Find the parameter whose numbers these are; views made before the run count."""
+        if not is_plain(tensor):
+            return None
+        storage, offset = storage_key(tensor)
+        held = self.held.get(storage, [])
+        exact = [use for place, use, _ in held if place == offset]
+        return exact[0] if exact else held[0][1] if len(held) == 1 else None
+
+    def _product(self, node: fx.Node, op: str, operands: tuple[Tensor, ...], flops: int) -> None:
+        """Count a product; without a name for ``op`` it counts in the total alone."""
+        sources = [_behind(self._node_of(operand)) for operand in operands]
+        if not any(sources):
+            return
+        self.result.linear_flops += flops
+        for uses in sources if op else ():
+            whole = sum(use.weights for use in uses)
+            for use in uses:
+                self.result.uses.setdefault(use.names[0], use)
+                use.ops = tuple(dict.fromkeys((*use.ops, op)))
+                use.count += 1
+                use.flops += round(flops * use.weights / whole)
+
+
+def _behind(node: fx.Node) -> list[Use]:
+    """Return the matrices that a node is made of, through views, copies, casts and joins."""
+    while node.op == "call_function" and node.all_input_nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _JOINS:
+            parts = [_behind(part) for part in node.all_input_nodes]
+            return [use for part in parts for use in part] if all(parts) else []
+        if node.target is not getitem and packet not in _COPIES and not _is_view(node.target):
+            return []
+        node = node.all_input_nodes[0]
+    use = node.meta.get("use")
+    return [use] if use and len(use.shape) >= 2 else []
+
+
+def _is_view(op: Any) -> bool:
+    alias = op._schema.arguments[0].alias_info
+    return alias is not None and not alias.is_write
+
+
+def _flops(packet: Any, args: Any, first: Tensor, second: Tensor, result: Tensor) -> int:
+    """Return 2 x multiplications."""
+    if packet is _ATEN.convolution:  # per output, or per input where it is transposed
+        places = first if args[6] else result
+        return 2 * places.numel() * (second.numel() // second.shape[0])
+    if first.is_nested or second.is_nested:
+        return 2 * result.numel() * (second if first.is_nested else first).shape[-1]
+    batches = first.shape[0] if packet is _ATEN.addbmm else 1
+    return 2 * result.numel() * first.shape[-1] * batches

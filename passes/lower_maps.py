@@ -1,0 +1,48 @@
+"""Turn the maps that remain into ATen gathers, which Inductor fuses with their neighbours.
+
+    before   y = padst.permute(x, p)
+    after    y = index_select(x, -1, p)
+
+Every map that is lowered here is reported as left: it costs a gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from padst_compiler.index_map import invert
+from padst_compiler.rewrite import Facts, Refusal, Report, inline
+
+__all__ = ["LowerMaps"]
+
+
+@dataclass(frozen=True)
+class LowerMaps:
+    """Lower ``padst::permute`` and ``padst::invert``."""
+
+    name: str = "lower_maps"
+
+    def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
+        """Lower every map of the graph."""
+        left = []
+        lowered = {
+            torch.ops.padst.permute.default: _gather,
+            torch.ops.padst.invert.default: invert,
+        }
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target not in lowered:
+                continue
+            if len(node.args) == 2:
+                left.append(Refusal(facts.owner(node), "a gather remains; its neighbours fuse with it"))
+            operands = [a for a in node.args if isinstance(a, fx.Node)]
+            new = inline(graph, node, lowered[node.target], operands, facts.table)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        return Report(self.name, (), tuple(left))
+
+
+def _gather(x: Tensor, perm: Tensor) -> Tensor:
+    return x.index_select(-1, perm)
