@@ -131,7 +131,7 @@ def write_onnx(
         difference = max(_difference(session, reference, case, tolerance) for case in checks)
         del session
         for file in Path(folder).iterdir():
-            os.replace(file, path.parent / file.name)
+            file.replace(path.parent / file.name)
     return ExportReport(
         path=path,
         nodes=dict(Counter(node.op_type for node in model.graph.node)),
@@ -172,9 +172,9 @@ def _difference(
         scale = float(one.abs().max()) if one.numel() else 0.0
         if not difference <= tolerance * max(scale, 1.0):
             raise RuntimeError(
-                f"Expected onnxruntime to agree with PyTorch within {tolerance:.0e}. Got a difference "
-                f"of {difference:.2e} on outputs up to {scale:.2e}. No file was written; pass a larger "
-                "tolerance for a half-precision model, or report the model."
+                f"Expected onnxruntime to agree with PyTorch within {tolerance:.0e}. Got a "
+                f"difference of {difference:.2e} on outputs up to {scale:.2e}. No file was "
+                "written; pass a larger tolerance for a half-precision model, or report the model."
             )
         worst = max(worst, difference)
     return worst

@@ -21,12 +21,15 @@ _SPARSE = {
     LINEAR["fan_in"]: fan_in.FAN_IN_LINEAR,
 }
 
+
 def _with_dense(sparse: Candidates) -> Candidates:
     return {
         op: (*sparse.get(op, ()), fallback)
         for kind in STRUCTURES
         for op, fallback in zip(
-            (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]), dense(kind), strict=True
+            (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]),
+            dense(kind),
+            strict=True,
         )
     }
 

@@ -1,9 +1,9 @@
 """Block formulations: one batched product over rows of blocks.
 
-Token-major gathers ``(o/b, t, k*b)`` tiles of x; feature-major gathers rows of ``x^T``. Inductor fuses
-the gather with what stands before it (a permutation, a cast) and the last copy with what follows (bias,
-activation, residual). A row of blocks has the same number of blocks as any other, so the batched
-product has no padding.
+Token-major gathers ``(o/b, t, k*b)`` tiles of x; feature-major gathers rows of ``x^T``. Inductor
+fuses the gather with what stands before it (a permutation, a cast) and the last copy with what
+follows (bias, activation, residual). A row of blocks has the same number of blocks as any other,
+so the batched product has no padding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dense formulations of every structured operator: the candidate that is never much slower than dense.
+"""Dense formulations of every structured operator: the candidate that is never much slower.
 
 With frozen weights the materialised weight is made once, so this is exactly the dense layer.
 """

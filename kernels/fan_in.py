@@ -25,7 +25,7 @@ def bag(x: Tensor, values: Tensor, inputs: Tensor, bias: Tensor | None) -> Tenso
     """
     rows = x.reshape(-1, x.shape[-1]).t().contiguous()
     starts = torch.arange(0, inputs.numel(), inputs.shape[1], device=x.device)
-    y = torch.ops.aten._embedding_bag_forward_only(
+    y: Tensor = torch.ops.aten._embedding_bag_forward_only(
         rows,
         inputs.reshape(-1).long(),
         starts,
@@ -84,4 +84,3 @@ def _cost(g: Geometry) -> float | None:
 FAN_IN_LINEAR = (Formulation("embedding_bag", fan_in_bag, _cost),)
 NM_LINEAR = (Formulation("embedding_bag", nm_bag, _cost),)
 DIAGONAL_LINEAR = (Formulation("embedding_bag", diagonal_bag, _cost),)
-

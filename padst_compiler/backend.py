@@ -1,8 +1,8 @@
 """The ``torch.compile`` backend: the one module that knows passes, kernels and Inductor.
 
-Inference (no gradients): the graph is captured in ATen, its permutations are folded into frozen weights,
-every structured operator gets its formulation, work on frozen tensors is done once, Inductor compiles
-the rest. Training: the same choice of formulations, on Inductor's joint graph.
+Inference (no gradients): the graph is captured in ATen, its permutations are folded into frozen
+weights, every structured operator gets its formulation, work on frozen tensors is done once,
+Inductor compiles the rest. Training: the same choice of formulations, on Inductor's joint graph.
 
 Options beside Inductor's own: ``fold`` ("safe" or "off"), ``verify`` (True, False or "strict"),
 ``kernels`` ("auto", "dense" or "sparse").
@@ -30,7 +30,7 @@ from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import inference_passes, training_passes
 from padst_compiler.rewrite import Facts, run_pipeline
-from padst_compiler.verify import Mismatch
+from padst_compiler.verify import MismatchError
 
 __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst"]
 
@@ -120,7 +120,7 @@ def fold_dynamo(
     """Fold a graph that Dynamo captured without gradients.
 
     Raises:
-        Mismatch: the folded graph computes something else.
+        MismatchError: the folded graph computes something else.
     """
     holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(holders, example_inputs, strict=True)]
@@ -131,9 +131,7 @@ def fold_dynamo(
     }
     safe = settings.fold == "safe"
     passes = inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe)
-    return fold(
-        graph_module, fakes, example_inputs, state, passes, verify=bool(settings.verify)
-    )
+    return fold(graph_module, fakes, example_inputs, state, passes, verify=bool(settings.verify))
 
 
 def _fold_or_none(
@@ -144,7 +142,7 @@ def _fold_or_none(
     except Exception as error:  # capture runs the user's graph: anything can come out of it
         if settings.verify == "strict":
             raise
-        what = "disagrees with" if isinstance(error, Mismatch) else "cannot be made from"
+        what = "disagrees with" if isinstance(error, MismatchError) else "cannot be made from"
         warnings.warn(
             f"padst compiles without folding: a folded graph {what} this model ({error}). Results "
             "stay right. options={'verify': 'strict'} raises instead.",
@@ -233,5 +231,5 @@ def _has_padst(graph_module: fx.GraphModule) -> bool:
 
 
 def _owner(source: str) -> str:
-    """Return the module path in a Dynamo source: ``L['self']._modules['mlp']._modules['fc1']...``."""
+    """Return the module path in a Dynamo source such as ``L['self']._modules['fc1']``."""
     return ".".join(re.findall(r"_modules\['([^']+)'\]", source))

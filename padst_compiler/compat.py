@@ -1,7 +1,8 @@
 """Every private name of torch that we use, in one place, for torch 2.11 to 2.13.
 
-Nothing else in the package imports from ``torch._inductor``, ``torch._dynamo`` or ``torch._guards``.
-Each use has a test in ``tests/test_compat.py``; when a release moves a name, this file changes.
+Nothing else in the package imports from ``torch._inductor``, ``torch._dynamo`` or
+``torch._guards``. Each use has a test in ``tests/test_compat.py``; when a release moves a name,
+this file changes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.utils import detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,6 +39,11 @@ __all__ = [
 ]
 
 Callback = Callable[..., Any]
+
+# Names that torch's stubs leave out.
+_SYNC: Callback = vars(torch)["_sync"]
+_HAS_NEW_DATA: Callback = vars(torch)["_functionalize_has_data_mutation"]
+_HAS_NEW_METADATA: Callback = vars(torch)["_functionalize_has_metadata_mutation"]
 
 
 def trace_aten(
@@ -84,9 +90,9 @@ def _functional(function: Callback) -> Callback:
             for position, value in enumerate(wrapped):
                 if not isinstance(value, FunctionalTensor):
                     continue
-                if torch._functionalize_has_metadata_mutation(value.elem):
+                if _HAS_NEW_METADATA(value.elem):
                     raise RuntimeError(f"input {position} changes its shape or strides in place")
-                if torch._functionalize_has_data_mutation(value.elem):
+                if _HAS_NEW_DATA(value.elem):
                     written[position] = _plain(value)
         for position, value in written.items():
             arguments[position].copy_(value)
@@ -96,7 +102,7 @@ def _functional(function: Callback) -> Callback:
 
 
 def _plain(tensor: FunctionalTensor) -> Tensor:
-    torch._sync(tensor)
+    _SYNC(tensor)
     plain: Tensor = torch._from_functional_tensor(tensor.elem)
     return plain
 
@@ -178,7 +184,7 @@ def is_module_state(value: object) -> bool:
 
 
 def source_name(placeholder: fx.Node) -> str:
-    """Return where Dynamo read a graph input, as ``L['self']._modules['fc1']...``; "" if unknown."""
+    """Return where Dynamo read a graph input: ``L['self']._modules['fc1']``, or ""."""
     argument = placeholder.meta.get("grapharg")
     source = getattr(argument, "source", None)
     name = getattr(source, "name", "")
@@ -230,8 +236,8 @@ def compile_with_inductor(
     """Compile through ``compile_fx``, so that caches, autotuning, CUDA graphs and autograd work."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callback = compile_fx(graph_module, list(examples), config_patches=options)
-    return compiled
+    compiled: Any = compile_fx(graph_module, list(examples), config_patches=options)
+    return cast("Callback", compiled)
 
 
 def composed(ours: CustomGraphPass) -> CustomGraphPass:
@@ -256,8 +262,12 @@ class _Both(CustomGraphPass):
         self.ours(graph)
 
     def uuid(self) -> Any:
-        ids = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
-        return None if None in ids else (*ids, self.ours.uuid())  # None: not cacheable, as theirs is
+        ids = [
+            other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others
+        ]
+        return (
+            None if None in ids else (*ids, self.ours.uuid())
+        )  # None: not cacheable, as theirs is
 
 
 def source_digest(extra: str) -> str:

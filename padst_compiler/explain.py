@@ -1,4 +1,4 @@
-"""What the compiler did to a model: every pass, every permutation, every kernel, with the reason."""
+"""What the compiler did to a model: every pass, permutation and kernel, with the reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Explanation:
     @property
     def gathers(self) -> int:
         """Permutations that remain as a gather."""
-        return sum(1 for name, _, state, _ in self.passes if (name, state) == ("lower_maps", "left"))
+        return sum(
+            1 for name, _, state, _ in self.passes if (name, state) == ("lower_maps", "left")
+        )
 
     def __str__(self) -> str:
         """Both tables and the verdicts."""
@@ -68,7 +70,7 @@ def explain(
         options: as for ``torch.compile``.
 
     Raises:
-        Mismatch: folding would change the results (a bug of ours).
+        MismatchError: folding would change the results (a bug of ours).
 
     Example:
         >>> import padst_compiler as padst

@@ -1,4 +1,4 @@
-"""Capture an inference graph in ATen, run passes on it, and prove the result against the capture."""
+"""Capture an inference graph in ATen, run passes on it, compare the result with the capture."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fold(
         verify: compare with the capture in float64.
 
     Raises:
-        Mismatch: the passes changed what the graph computes.
+        MismatchError: the passes changed what the graph computes.
     """
     captured = compat.trace_aten(function, fakes, functional=True)
     graph = fx.Graph()

@@ -1,8 +1,8 @@
 """Formulations: the ways to run one structured operator, with what each is predicted to cost.
 
-``kernels/`` names them, the pass ``choose_formulation`` picks one per site. Costs are predicted, so that
-the same model always gets the same graph and hits the compile cache; ``options={"kernels": "time"}``
-measures instead. Dense on the materialised weight is always a candidate.
+``kernels/`` names them, the pass ``choose_formulation`` picks one per site. Costs are predicted,
+so that the same model always gets the same graph and hits the compile cache. Dense on the
+materialised weight is always a candidate.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from padst_compiler.structures import Shape, Structure
 
 __all__ = ["Candidates", "Formulation", "Geometry", "gemm", "moved"]
 
-# Rates of one class of machine, in floating-point operations of a dense product: what a byte moved and
-# an operation of a smaller product cost. Measured on AVX-512 servers, 2 threads, fp32 (docs/kernels.md).
+# Rates of one class of machine, in floating-point operations of a dense product: what a byte
+# moved and an operation of a smaller product cost. Measured on AVX-512 servers, 2 threads, fp32
+# (docs/kernels.md).
 BYTE = 12.0
 WEIGHT_READ = 20.0  # per weight of a product with few tokens
 LAUNCH = 4.0e5  # one more kernel call, about 3 us
@@ -43,7 +44,9 @@ class Geometry:
     @property
     def nnz(self) -> int:
         """Number of stored weights."""
-        return round(self.shape.numel * (1.0 - self.structure.actual_sparsity(self.shape, self.kept)))
+        return round(
+            self.shape.numel * (1.0 - self.structure.actual_sparsity(self.shape, self.kept))
+        )
 
     @property
     def item(self) -> int:

@@ -1,9 +1,10 @@
 """Work on frozen Parameters is done once, not on every call; a write to them is noticed.
 
-``split`` moves every node that depends on frozen placeholders only into a *prologue*. ``FrozenCall``
-runs it once, keeps the results as inputs of the main graph, and looks at each call whether a tensor
-that the prologue read was written (version counter) or replaced (address): then it runs again. Writes
-through ``tensor.data`` do not move the version counter and go unseen: use ``copy_`` under no_grad.
+``split`` moves every node that depends on frozen placeholders only into a *prologue*.
+``FrozenCall`` runs it once, keeps the results as inputs of the main graph, and looks at each call
+whether a tensor that the prologue read was written (version counter) or replaced (address): then
+it runs again. Writes through ``tensor.data`` do not move the version counter and go unseen: use
+``copy_`` under no_grad.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
 
 
 def _return_views(graph: fx.Graph, early: set[fx.Node]) -> None:
-    """Leave views at the border in the main graph: they cost nothing there and copy nothing here."""
+    """Leave views at the border in the main graph: they cost nothing there."""
     for node in reversed(list(graph.nodes)):
         late = any(user not in early for user in node.users)
         if node in early and node.target in _VIEWS and late:
@@ -92,7 +93,8 @@ def _prologue(border: list[fx.Node], holders: list[fx.Node]) -> tuple[fx.GraphMo
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     for node in border[0].graph.nodes:
         if node in needed:
             env[node] = graph.node_copy(node, lambda n: env[n])
@@ -102,7 +104,8 @@ def _prologue(border: list[fx.Node], holders: list[fx.Node]) -> tuple[fx.GraphMo
 
 
 def _first_non_placeholder(graph: fx.Graph) -> fx.Node:
-    return next(n for n in graph.nodes if n.op != "placeholder")
+    first: fx.Node = next(n for n in graph.nodes if n.op != "placeholder")
+    return first
 
 
 class FrozenCall:
@@ -149,9 +152,9 @@ class FrozenCall:
         if not self._void:
             self._void = True
             warnings.warn(
-                "A permutation that was folded at compile time has changed (a new state_dict?). The "
-                "unfolded graph runs from now on: right, but slower. Call torch.compile again on "
-                "the model after torch.compiler.reset().",
+                "A permutation that was folded at compile time has changed (a new state_dict?). "
+                "The unfolded graph runs from now on: right, but slower. Call torch.compile "
+                "again on the model after torch.compiler.reset().",
                 stacklevel=3,
             )
         return self._original(*arguments)

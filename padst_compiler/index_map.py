@@ -1,6 +1,7 @@
 """Integer permutations of one axis.
 
-Legend: ``y = x[..., perm]``, that is ``(P x)_j = x_{perm[j]}``; ``perm`` is an int64 tensor of shape ``(n,)``.
+Legend: ``y = x[..., perm]``, that is ``(P x)_j = x_{perm[j]}``; ``perm`` is an int64 tensor of
+shape ``(n,)``.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ def bind(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[s
         >>> bind(nn.Linear(2, 2), torch.ones(1, 2))[0][0].shape
         torch.Size([1, 2])
     """
+    args: tuple[Any, ...] = (example_inputs,)
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
         args, kwargs = (), dict(example_inputs)
     elif isinstance(example_inputs, tuple | list):
-        args, kwargs = tuple(example_inputs), {}
-    else:
-        args, kwargs = (example_inputs,), {}
+        args = tuple(example_inputs)
     check_device(model, (args, kwargs))
     return args, kwargs
 

@@ -30,6 +30,7 @@ class SparseLayer(nn.Module):
     side: str
     permutation: Permutation | None
     recorder: nn.Module | None
+    config: Any  # the SparseConfig that the layer was made from, where there is one
     dense_type: type[nn.Module]
     values: nn.Parameter
     indices: Tensor
@@ -62,7 +63,7 @@ class SparseLayer(nn.Module):
         if values is None:
             kept = 1.0 - structure.actual_sparsity(shape, structure.slots(indices, shape).shape[1])
             values = structure.pack(weight, indices) / kept**0.5
-        trainable = module.weight.requires_grad
+        trainable = bool(module.weight.requires_grad)
         dense_type = type(module)
         order = list(module._parameters)
         del module.weight
@@ -76,7 +77,7 @@ class SparseLayer(nn.Module):
             module._parameters["bias"] = bias  # parameters() lists values where weight stood
         module.register_buffer("indices", indices.clone())
         module.permutation = permutation
-        module.recorder = None
+        module.recorder, module.config = None, None
         return module
 
     @staticmethod
@@ -115,7 +116,8 @@ class SparseLayer(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``S (P x) + b`` for tokens ``x (..., i)``."""
-        values, bias = self.values, self.bias
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
@@ -170,7 +172,7 @@ class SparseLayer(nn.Module):
         return torch.empty_like(matrix).index_copy(0, self.permutation.perm, matrix)
 
 
-class SparseLinear(SparseLayer, nn.Linear):
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]
     """The sparse form of ``nn.Linear``."""
 
     @staticmethod
@@ -226,7 +228,8 @@ class SparsePointwiseConv(SparseLayer):
         """Return the convolution: ``(n, i, *space) -> (n, o, *space / stride)``."""
         axis = x.dim() - len(self.stride) - 1  # the channel axis, with or without a batch
         if any(step != 1 for step in self.stride):
-            x = x[(..., *(slice(None, None, step) for step in self.stride))]
+            steps: tuple[Any, ...] = tuple(slice(None, None, step) for step in self.stride)
+            x = x[(..., *steps)]
         return self.product(x.movedim(axis, -1)).movedim(-1, axis)
 
 

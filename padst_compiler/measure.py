@@ -1,11 +1,13 @@
-"""Paired timing: every contestant once per round, in turn, so that a noisy machine is fair to all."""
+"""Paired timing: every contestant once per round, in turn, so that noise is fair to all."""
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,12 +77,10 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
 
 def machine() -> str:
     """Name the machine and the versions that a figure belongs to, in one line."""
-    import platform
-
     name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         pass  # not Linux: the short name will do
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else name

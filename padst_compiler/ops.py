@@ -11,8 +11,8 @@ indices, in_features)``
 ==============================================  ================================================
 
 Here every operator runs its structure's reference in plain PyTorch, on any device: the truth that
-kernels and passes are tested against, and what runs where no kernel does. Maps are separate operators
-so that they can cancel, move and fuse. Second derivatives are not defined and raise.
+kernels and passes are tested against, and what runs where no kernel does. Maps are separate
+operators so that they can cancel, move and fuse. Second derivatives are not defined and raise.
 
 Example:
     >>> x = torch.arange(4.0)
@@ -84,7 +84,9 @@ def _register_linear(kind: type[Structure]) -> None:
             LINEAR_DX[kind.name](grad, values, indices, x.shape[-1]) if need_x else None,
             LINEAR_DW[kind.name](grad, x, indices) if need_values else None,
             None,
-            grad.flatten(0, -2).sum(0) if need_bias and grad.dim() > 1 else (grad if need_bias else None),
+            grad.flatten(0, -2).sum(0)
+            if need_bias and grad.dim() > 1
+            else (grad if need_bias else None),
             None,
         )
 
@@ -92,7 +94,8 @@ def _register_linear(kind: type[Structure]) -> None:
         name,
         linear,
         mutates_args=(),
-        schema="(Tensor x, Tensor values, Tensor indices, Tensor? bias, SymInt out_features) -> Tensor",
+        schema="(Tensor x, Tensor values, Tensor indices, Tensor? bias, SymInt out_features) "
+        "-> Tensor",
     )
     forward_op.register_fake(linear_fake)
     forward_op.register_autograd(backward, setup_context=setup)

@@ -1,7 +1,7 @@
-"""The contract of a pass: it changes an ATen graph, counts how often it fired and says what it left.
+"""The contract of a pass: it changes an ATen graph, and says where it fired and what it left.
 
-A pass may rely on the numbers of a tensor only through ``Facts``: in an inference graph Parameters and
-buffers are *frozen*, their values are known; in a training graph nothing is.
+A pass may rely on the numbers of a tensor only through ``Facts``: in an inference graph
+Parameters and buffers are *frozen*, their values are known; in a training graph nothing is.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Facts:
     """What is known about a graph beside its nodes.
 
     Attributes:
-        frozen: placeholders of Parameters and buffers with their present tensors; empty in training.
+        frozen: placeholders of Parameters and buffers with their tensors; empty in training.
         names: placeholders with the module that owns them.
         table: decompositions that the graph has seen, and inserted nodes must see too.
-        read: the frozen placeholders whose numbers a pass relied on: a change of them voids the graph.
+        read: the frozen placeholders whose numbers a pass relied on: a change voids the graph.
     """
 
     frozen: Mapping[fx.Node, Tensor] = field(default_factory=dict)
@@ -64,11 +64,11 @@ class Facts:
     _known: dict[fx.Node, bool] = field(default_factory=dict)
 
     def is_frozen(self, node: object) -> bool:
-        """Whether ``node`` depends on frozen placeholders and constants only, and not on constants alone."""
+        """Whether ``node`` depends on frozen placeholders, and beside them on constants only."""
         return isinstance(node, fx.Node) and self._settled(node) and self._known[node]
 
     def _settled(self, node: fx.Node) -> bool:
-        """Whether ``node`` is the same in every call; ``_known`` then says if a placeholder is in it."""
+        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it."""
         if node in self._known:
             return True
         if node.op == "placeholder":
@@ -122,9 +122,7 @@ class Pass(Protocol):
         """Rewrite in place; leave a valid graph; say what was done and what was left."""
 
 
-def run_pipeline(
-    pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts
-) -> tuple[Report, ...]:
+def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tuple[Report, ...]:
     """Run the passes in order; an error names the pass and those before it.
 
     Raises:
@@ -146,7 +144,7 @@ def inline(
     graph: fx.Graph,
     before: fx.Node,
     function: Callable[..., Any],
-    arguments: Sequence[fx.Node | None | int],
+    arguments: Sequence[fx.Node | int | None],
     table: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Any:
     """Insert the ATen graph of ``function(*arguments)`` before a node; return its result node(s).

@@ -1,4 +1,4 @@
-"""Compare a folded graph with the graph as captured, in float64 on random inputs, at compile time."""
+"""Compare a folded graph with the graph as captured, in float64 on random inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Mismatch", "compare"]
+__all__ = ["MismatchError", "compare"]
 
 LIMIT = 2**26  # numbers that the captured graph computes: about a second
 
 
-class Mismatch(RuntimeError):
+class MismatchError(RuntimeError):
     """A folded graph computes something else: a bug of ours."""
 
 
@@ -25,15 +25,15 @@ def compare(
     Args:
         captured: the graph before folding.
         folded: the same placeholders, after folding.
-        arguments: real example inputs; Parameters and buffers keep their numbers, floating inputs are
-            replaced by random ones, integers stay.
+        arguments: real example inputs; Parameters and buffers keep their numbers, floating inputs
+            are replaced by random ones, integers stay.
         frozen: positions of Parameters and buffers.
 
     Returns:
         What was done: "verified ...", or "not verified: ..." with the reason.
 
     Raises:
-        Mismatch: the results differ by more than rounding.
+        MismatchError: the results differ by more than rounding.
     """
     reason = _reason_against(captured)
     if reason is not None:
@@ -52,9 +52,9 @@ def compare(
         scale = max(float(one.abs().max()), 1e-30)
         worst = max(worst, float((one - two).abs().max()) / scale)
     if not worst < 1e-9:
-        raise Mismatch(
-            f"Expected the folded graph to equal the captured one in float64. Got a relative "
-            f"difference of {worst:.1e}. Compile with options={{'fold': 'off'}} and report the model."
+        raise MismatchError(
+            "Expected the folded graph to equal the captured one in float64. Got a relative "
+            f"difference of {worst:.1e}. Compile with options={{'fold': 'off'}} and report it."
         )
     return f"verified in float64: relative difference {worst:.0e}"
 

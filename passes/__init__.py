@@ -4,6 +4,7 @@ The order is meaning. A reader comes before a writer: what a reader absorbs need
 The folds run again after the choice, because a site that was chosen dense absorbs every map.
 """
 
+from padst_compiler.formulation import Candidates
 from padst_compiler.passes.absorb_into_reader import AbsorbIntoReader
 from padst_compiler.passes.absorb_into_writer import AbsorbIntoWriter
 from padst_compiler.passes.cancel_inverse import CancelInverse
@@ -11,7 +12,6 @@ from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.lower_maps import LowerMaps
-from padst_compiler.formulation import Candidates
 from padst_compiler.rewrite import Pass
 
 __all__ = ["FOLDS", "inference_passes", "training_passes"]

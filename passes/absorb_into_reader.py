@@ -1,13 +1,13 @@
 """Let the linear that reads a permuted tensor absorb the permutation in its columns.
 
     before   a = padst.permute(x, p)
-             y = addmm(bias, a, w)                          # or padst.<structure>_linear(a, v, idx, bias)
-    after    y = addmm(bias, x, w[invert(p)])               # or ..._linear(x, v', idx', bias)
+             y = addmm(bias, a, w)                  # or padst.<structure>_linear(a, v, idx, bias)
+    after    y = addmm(bias, x, w[invert(p)])       # or padst.<structure>_linear(x, v', idx', bias)
 
-Fires for dense, fan-in and unstructured readers on any map; for N:M, block and diagonal readers on the
-maps that their symmetry absorbs (whole groups or blocks and moves within them; cyclic shifts).
-Left alone: the weights are not frozen; the map lies outside the reader's symmetry; the reader is not a
-linear operation.
+Fires for dense, fan-in and unstructured readers on any map; for N:M, block and diagonal readers
+on the maps that their symmetry absorbs (whole groups or blocks and moves within them; cyclic
+shifts). Left alone: the weights are not frozen; the map lies outside the reader's symmetry; the
+reader is not a linear operation.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class AbsorbIntoReader:
         return _absorb_structured(graph, reader, perm, facts)
 
 
-def _absorb_structured(
-    graph: fx.Graph, reader: fx.Node, perm: fx.Node, facts: Facts
-) -> str | None:
+def _absorb_structured(graph: fx.Graph, reader: fx.Node, perm: fx.Node, facts: Facts) -> str | None:
     x, values, indices, _, out_features = reader.args
     assert isinstance(values, fx.Node) and isinstance(indices, fx.Node)
     assert isinstance(out_features, int)

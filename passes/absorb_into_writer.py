@@ -1,16 +1,16 @@
 """Move a permutation up through pointwise operations into the rows of the linear that writes.
 
-    before   h = addmm(bias, x, w)                     # or padst.fan_in_linear, padst.nm_linear, ...
+    before   h = addmm(bias, x, w)                  # or padst.fan_in_linear, padst.nm_linear
              a = gelu(h)
              y = padst.permute(a, p)
     after    h = addmm(bias[p], x, w[:, p])
              y = gelu(h)                               # already in the new order
 
-What moves is proved node by node: operations that torch tags as pointwise, views that keep the last
-axis, frozen vectors along that axis, scalars. Dense, fan-in, N:M and unstructured writers absorb any
-map; block and diagonal writers what their symmetry absorbs.
-Left alone: an operation on the way is not proved to move with the map, another reader wants the old
-order, a writer's weights are not frozen, or the map comes from a graph input.
+What moves is proved node by node: operations that torch tags as pointwise, views that keep the
+last axis, frozen vectors along that axis, scalars. Dense, fan-in, N:M and unstructured writers
+absorb any map; block and diagonal writers what their symmetry absorbs. Left alone: an operation
+on the way is not proved to move with the map, another reader wants the old order, a writer's
+weights are not frozen, or the map comes from a graph input.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     before   y = padst.block_linear(x, values, indices, bias, o)
              z = padst.watch(y, x, ...)
     after    z = y
+
+Left alone: nothing; the operation has no effect of its own in forward.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ Every map that is lowered here is reported as left: it costs a gather.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +30,7 @@ class LowerMaps:
     def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
         """Lower every map of the graph."""
         left = []
-        lowered = {
+        lowered: dict[Any, Callable[..., Tensor]] = {
             torch.ops.padst.permute.default: _gather,
             torch.ops.padst.invert.default: invert,
         }
@@ -36,7 +38,9 @@ class LowerMaps:
             if node.op != "call_function" or node.target not in lowered:
                 continue
             if len(node.args) == 2:
-                left.append(Refusal(facts.owner(node), "a gather remains; its neighbours fuse with it"))
+                left.append(
+                    Refusal(facts.owner(node), "a gather remains, fused with its neighbours")
+                )
             operands = [a for a in node.args if isinstance(a, fx.Node)]
             new = inline(graph, node, lowered[node.target], operands, facts.table)
             node.replace_all_uses_with(new)

@@ -1,7 +1,7 @@
 """Structures: one file each; each owns its masks, its storage, its reference and its symmetry.
 
-Legend: ``o`` outputs, ``i`` inputs, ``t`` tokens, ``k`` kept per group; ``w: (o, i)``, ``x: (t, i)``;
-``y = S (P x) = x[:, perm] @ S.T``. Sparsity is the fraction of zeros.
+Legend: ``o`` outputs, ``i`` inputs, ``t`` tokens, ``k`` kept per group; ``w: (o, i)``, ``x: (t,
+i)``; ``y = S (P x) = x[:, perm] @ S.T``. Sparsity is the fraction of zeros.
 """
 
 from padst_compiler.structures.base import ElementStructure, Shape, Structure

@@ -1,7 +1,7 @@
 """What a structure is: a family of masks, how it is stored, and its reference product.
 
-A structure sees the weight ``w: (o, i)`` as a table of *units* in *groups*. Every group keeps the same
-number ``k`` of units for ever, so nothing that is stored ever changes its shape:
+A structure sees the weight ``w: (o, i)`` as a table of *units* in *groups*. Every group keeps the
+same number ``k`` of units for ever, so nothing that is stored ever changes its shape:
 
 ==============  ===========================  ======================  =================
 structure       groups                       candidates in a group   unit
@@ -82,7 +82,7 @@ class Structure(ABC):
         return (self.table(shape)[0], kept)
 
     def kept(self, shape: Shape, sparsity: float) -> int:
-        """Return the number of units that each group keeps: the nearest to ``1 - sparsity``, >= 1."""
+        """Return how many units each group keeps: the nearest to ``1 - sparsity``, at least 1."""
         candidates = self.table(shape)[1]
         return min(candidates, max(1, round((1.0 - sparsity) * candidates)))
 
@@ -121,7 +121,8 @@ class Structure(ABC):
 
     def slot_scores(self, values: Tensor, shape: Shape) -> Tensor:
         """Score the stored units as ``unit_scores`` does: ``(groups, k)``."""
-        return self.slot_values(values, shape).float().norm(dim=2)
+        scores: Tensor = self.slot_values(values, shape).float().norm(dim=2)
+        return scores
 
     # -- storage -------------------------------------------------------------------------------
 

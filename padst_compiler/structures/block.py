@@ -18,9 +18,10 @@ __all__ = ["Block"]
 class Block(Structure):
     """Dense square blocks, the same number in each row of blocks.
 
-    ``values (o/b, k, b_in, b_out)`` and ``indices (o/b, k)``, the block column. With the input side of
-    a block before its output side, a row of blocks is one dense ``(k * b, b)`` matrix without a copy.
-    The balance over rows is ours: it makes every row of blocks one GEMM of the same size.
+    ``values (o/b, k, b_in, b_out)`` and ``indices (o/b, k)``, the block column. With the input
+    side of a block before its output side, a row of blocks is one dense ``(k * b, b)`` matrix
+    without a copy. The balance over rows is ours: it makes every row of blocks one GEMM of the
+    same size.
 
     Example:
         >>> Block(size=32).actual_sparsity(Shape(3072, 768), kept=2)
@@ -63,7 +64,8 @@ class Block(Structure):
 
     def unit_scores(self, dense: Tensor) -> Tensor:
         """Return the Frobenius norm of every block: ``(o/b, i/b)``."""
-        return self._tiles(dense).float().norm(dim=(2, 3))
+        scores: Tensor = self._tiles(dense).float().norm(dim=(2, 3))
+        return scores
 
     def pack(self, dense: Tensor, indices: Tensor) -> Tensor:
         """Gather the kept blocks."""
@@ -124,7 +126,9 @@ class Block(Structure):
         b = self.size
         outer, inner = perm.view(-1, b)[:, 0] // b, perm.view(-1, b) % b
         columns = indices.long()
-        at = inner[columns][..., None].expand(-1, -1, -1, b)  # weight c of the block goes to inner[c]
+        at = inner[columns][..., None].expand(
+            -1, -1, -1, b
+        )  # weight c of the block goes to inner[c]
         return torch.zeros_like(values).scatter(2, at, values), outer[columns].to(indices.dtype)
 
     def fold_rows(

@@ -18,9 +18,10 @@ __all__ = ["Diagonal"]
 class Diagonal(ElementStructure):
     """K wrapped diagonals (DynaDiag, arXiv 2506.11449).
 
-    ``values (1, K, min(o, i))`` and ``indices (1, K)``, the offset. The index rule is DynaDiag's: with
-    ``o >= i`` weight c of offset d lies at row ``(c + d) mod o`` and column c; with ``o < i`` weight r
-    lies at row r and column ``(r + d) mod i``. Candidates are the ``max(o, i)`` offsets.
+    ``values (1, K, min(o, i))`` and ``indices (1, K)``, the offset. The index rule is DynaDiag's:
+    with ``o >= i`` weight c of offset d lies at row ``(c + d) mod o`` and column c; with ``o <
+    i`` weight r lies at row r and column ``(r + d) mod i``. Candidates are the ``max(o, i)``
+    offsets.
 
     Example:
         >>> Diagonal().kept(Shape(768, 768), sparsity=0.9)

@@ -17,8 +17,9 @@ __all__ = ["Unstructured"]
 class Unstructured(ElementStructure):
     """nnz weights anywhere in the layer.
 
-    ``values (1, nnz)`` and ``indices (1, nnz)``, the position ``row * i + column``. Products use the
-    materialised dense weight: no kernel makes this structure faster than dense, and none is claimed.
+    ``values (1, nnz)`` and ``indices (1, nnz)``, the position ``row * i + column``. Products use
+    the materialised dense weight: no kernel makes this structure faster than dense, and none is
+    claimed.
 
     Example:
         >>> Unstructured().kept(Shape(4, 5), sparsity=0.9)
@@ -79,5 +80,7 @@ class Unstructured(ElementStructure):
     ) -> tuple[Tensor, Tensor]:
         """Rename the rows."""
         rows, columns = self.coordinates(indices, shape)
-        moved = invert(perm)[rows]  # output j reads row perm[j], so row r is read by invert(perm)[r]
+        moved = invert(perm)[
+            rows
+        ]  # output j reads row perm[j], so row r is read by invert(perm)[r]
         return values, (moved * shape.in_features + columns).to(indices.dtype)
