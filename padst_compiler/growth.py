@@ -1,13 +1,13 @@
 """Growth rules: which units of a layer are dropped, and which grow in their place.
 
-Pure functions on *slots*, the kept candidates of every group: ``slots (g, k)``, one row per group (see
-``structures.base``). A layer drops its ``n_drop`` weakest units wherever they are, then every group
-grows as many as it lost. So k per group never changes: SRigL's layer-wide drop under a constant fan-in
-(arXiv 2305.02299, section 3; without its ablation of neurons), for every structure. A unit that stays keeps its slot;
-so slots need not be sorted.
+Pure functions on *slots*, the kept candidates of every group: ``slots (g, k)``, one row per group
+(see ``structures.base``). A layer drops its ``n_drop`` weakest units wherever they are, then every
+group grows as many as it lost. So k per group never changes: SRigL's layer-wide drop under a
+constant fan-in (arXiv 2305.02299, section 3; without its ablation of neurons), for every
+structure. A unit that stays keeps its slot; so slots need not be sorted.
 
-A unit that was just dropped may grow back at once. It then never left: its slot is not ``changed`` and
-its weights stay, as in the published code of RigL.
+A unit that was just dropped may grow back at once. It then never left: its slot is not ``changed``
+and its weights stay, as in the published code of RigL.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def rigl(
         gains: ``(g, k)``, the gradient scores of ``candidates``, >= 0.
         active: ``(g, k)``, the gradient scores of ``slots``, >= 0: a dropped unit competes again.
 
-    A score that is not finite never wins over one that is; where no gain is finite, nothing changes.
-    Ties: the earlier slot drops, and a dropped unit stays before another one grows. RigL (arXiv
-    1911.11134) breaks ties by noise instead, which would cost reproducibility.
+    A score that is not finite never wins over one that is; where no gain is finite, nothing
+    changes. Ties: the earlier slot drops, and a dropped unit stays before another one grows. RigL
+    (arXiv 1911.11134) breaks ties by noise instead, which would cost reproducibility.
 
     Example:
         >>> new = rigl(
@@ -83,8 +83,8 @@ def set_(
         candidates: number of candidates of each group.
         generator: on the CPU, so that every device grows the same units.
 
-    SET (Mocanu et al. 2018) drops a constant share; here the share follows the schedule. Memory is in
-    the order of the kept units: no table over all candidates is made.
+    SET (Mocanu et al. 2018) drops a constant share; here the share follows the schedule. Memory is
+    in the order of the kept units: no table over all candidates is made.
 
     Example:
         >>> slots = torch.tensor([[0, 1], [2, 3]])
@@ -131,7 +131,7 @@ def _fill(slots: Tensor, opened: Tensor, units: Tensor) -> Regrown:
 
 
 def _distinct(owner: Tensor, below: Tensor, stride: int, generator: torch.Generator) -> Tensor:
-    """Draw integers, ``0 <= rank < below``, no two equal for one owner; every such set is as likely."""
+    """Draw ``0 <= rank < below``, no two equal for one owner; every such set is as likely."""
     ranks = torch.zeros_like(owner)
     pending = torch.arange(owner.numel(), device=owner.device)
     while pending.numel():

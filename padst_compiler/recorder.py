@@ -1,15 +1,15 @@
 """See the dense gradient of a sparse layer for a moment, without ever having a dense parameter.
 
-RigL grows the unit with the largest gradient, so it must know the gradient of weights that do not exist.
+RigL grows the units with the largest gradient, so it needs gradients of weights that do not exist.
 
     forward    y = padst::watch(y, x, armed, ...)        # a copy of y
-    backward   padst::observe(..., armed, dL/dy, x, ...) # if armed: scores of (dL/dy)^T x, best k kept
+    backward   padst::observe(..., armed, dL/dy, x, ...) # if armed: scores of (dL/dy)^T x
 
-``observe`` forms the dense gradient in slabs of at most ``SLAB`` numbers and keeps three numbers per
-kept unit. Both operators are always in the graph and ``armed`` is a tensor, so a compiled training step
-is not compiled again when recording starts or stops.
+``observe`` forms the dense gradient in slabs of at most ``SLAB`` numbers and keeps three numbers
+per kept unit. Both operators are always in the graph and ``armed`` is a tensor, so a compiled
+training step is not compiled again when recording starts or stops.
 
-``armed`` lives on the CPU wherever the model is: reading it then never waits for a GPU.
+``armed`` stays on the CPU: reading it never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from padst_compiler.structures import STRUCTURES, Diagonal, Shape, Structure
 __all__ = ["SLAB", "Recorder"]
 
 SLAB = 2**20
-"""Numbers of the dense gradient that exist at once (a single row, or row of blocks, may be larger)."""
+"""Numbers of the dense gradient that exist at once (a row of blocks may be larger)."""
 
 _KINDS: dict[str, type[Structure]] = {kind.name: kind for kind in STRUCTURES}
 
@@ -35,21 +35,23 @@ _KINDS: dict[str, type[Structure]] = {kind.name: kind for kind in STRUCTURES}
 class Recorder(nn.Module):
     """Gradient scores of one layer: of its kept units and of the best units that it does not keep.
 
-    Scores are ``structure.unit_scores`` of the dense gradient of S: a norm for blocks and diagonals, a
-    magnitude for single weights. What several backward passes record while armed (a module used twice,
-    gradients accumulated over micro-batches), precisely:
+    Scores are ``structure.unit_scores`` of the dense gradient of S: a norm for blocks and
+    diagonals, a magnitude for single weights. What several backward passes record while armed (a
+    module used twice, gradients accumulated over micro-batches), precisely:
 
     * ``active (g, k)``: the sum over the passes of the scores of the kept units;
-    * ``candidates (g, k)`` and ``gains (g, k)``: after each pass, the k units of a group, not kept, with
-      the largest total. The total of a unit on the list so far is its gain plus this pass's score; of
-      any other unit it is this pass's score alone. So a unit's gain is the sum over the passes since
-      it last entered the list: after one pass, or where all units fit on the list, the sum over all.
+    * ``candidates (g, k)`` and ``gains (g, k)``: after each pass, the k units of a group, not
+      kept, with the largest total. The total of a unit on the list so far is its gain plus this
+      pass's score; of any other unit it is this pass's score alone. So a unit's gain is the sum
+      over the passes since it last entered the list: after one pass, or where all units fit on the
+      list, the sum over all.
 
-    A sum of scores is at least the score of the summed gradient, which would need the dense gradient to be kept
-    between passes. A candidate whose total is not finite is left out, and gains of places without a
-    candidate are ``-inf``. A kept unit's score may become NaN; growth then treats it as unknown.
+    A sum of scores is at least the score of the summed gradient, which would need the dense
+    gradient to be kept between passes. A candidate whose total is not finite is left out, and
+    gains of places without a candidate are ``-inf``. A kept unit's score may become NaN; growth
+    then treats it as unknown.
 
-    The buffers are not saved with the model (``DynamicSparsity.state_dict`` holds them when needed).
+    The buffers are not saved with the model; ``DynamicSparsity.state_dict`` holds them when needed.
 
     Example:
         >>> from padst_compiler.layers import SparseLinear
@@ -58,7 +60,7 @@ class Recorder(nn.Module):
         >>> layer = SparseLinear.adopt(nn.Linear(3, 2), FanIn(), start, None, "input")
         >>> layer.recorder = Recorder(layer)
         >>> layer.recorder.arm()
-        >>> layer(torch.tensor([1.0, 5.0, 3.0])).sum().backward()
+        >>> layer(torch.tensor([[1.0, 5.0, 3.0]])).sum().backward()
         >>> layer.recorder.candidates.tolist(), layer.recorder.gains.tolist()
         ([[1], [2]], [[5.0], [3.0]])
     """
@@ -72,8 +74,7 @@ class Recorder(nn.Module):
         """Make room for ``layer``'s units; attach with ``layer.recorder = Recorder(layer)``."""
         super().__init__()
         slots = layer.structure.slots(layer.indices, layer.shape)
-        # Not a submodule (the layer holds this module), hence the tuple; and not the indices
-        # themselves, which ``Module.to`` replaces by others.
+        # A tuple, for it must not be a submodule. Not the indices: ``Module.to`` replaces them.
         self._layer = (layer,)
         self.armed = torch.zeros((), dtype=torch.bool)  # no buffer: it stays on the CPU
         scores = torch.zeros(slots.shape, device=slots.device)
@@ -94,8 +95,8 @@ class Recorder(nn.Module):
 
     @property
     def has_seen(self) -> bool:
-        """Whether a finite gain of any unit that is not kept was recorded."""
-        return bool(self.gains.isfinite().any())
+        """Whether a finite gradient of any unit, kept or not, was recorded since ``arm``."""
+        return bool((self.gains.isfinite() | (self.active > 0)).any())
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y``, and record while its gradient is computed.
@@ -137,8 +138,8 @@ def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int,
     if isinstance(structure, Diagonal):
         yield 0, 0, _diagonal_scores(structure, grad, x)
         return
-    # Tables are laid out along the rows of the weight, so a slab of rows is a run of the table. A unit
-    # of several weights may need all the rows of its group.
+    # Tables follow the rows of the weight, so a slab of rows is a run of the table; a unit of
+    # several weights may need all the rows of its group.
     rows = shape.out_features // groups if structure.unit(shape) else 1
     rows *= max(1, SLAB // (rows * shape.in_features))
     for start in range(0, shape.out_features, rows):
@@ -150,8 +151,8 @@ def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int,
 def _diagonal_scores(structure: Diagonal, grad: Tensor, x: Tensor) -> Tensor:
     """Return the norms of all diagonals of ``grad^T x``: ``(1, candidates)``.
 
-    A slab that starts ``start`` along the shorter axis holds a piece of every diagonal, and what lies
-    on offset d of the weight lies on offset ``d + start`` of the slab.
+    A slab that starts ``start`` along the shorter axis holds a piece of every diagonal, and what
+    lies on offset d of the weight lies on offset ``d + start`` of the slab.
     """
     along_rows = grad.shape[1] < x.shape[1]
     shorter, longer = (grad, x) if along_rows else (x, grad)
@@ -195,7 +196,9 @@ def _observe(
         gain[rows], places = pool.topk(slots.shape[1], dim=1)
         fresh = first + places - slots.shape[1]
         best[rows] = torch.where(
-            places < slots.shape[1], best[rows].gather(1, places.clamp_max(slots.shape[1] - 1)), fresh
+            places < slots.shape[1],
+            best[rows].gather(1, places.clamp_max(slots.shape[1] - 1)),
+            fresh,
         )
     candidates.copy_(best)
     gains.copy_(gain)
@@ -205,10 +208,6 @@ def _within(units: Tensor, first: int, width: int) -> Tensor:
     """Return the columns of ``units`` in a slab; ``width`` for those outside it."""
     columns = units - first
     return columns.masked_fill((columns < 0) | (columns >= width), width)
-
-
-def _observe_fake(*args: Any) -> None:
-    del args
 
 
 def _watch(
@@ -225,15 +224,10 @@ def _watch(
     return y.clone()
 
 
-def _watch_fake(y: Tensor, *args: Any) -> Tensor:
-    del args
-    return torch.empty_like(y)
-
-
 def _watch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
     _, x, ctx.armed, ctx.candidates, ctx.gains, ctx.active, indices, ctx.structure = inputs
-    # What ``observe`` writes to is not saved as such: a module used twice would trip the version check.
+    # Not saved what ``observe`` writes to: a module used twice would trip the version check.
     ctx.save_for_backward(x, indices)
 
 
@@ -245,28 +239,12 @@ def _watch_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad, None, None, None, None, None, None, None)
 
 
-def _register() -> None:
-    torch.library.custom_op(
-        "padst::observe",
-        _observe,
-        mutates_args=("candidates", "gains", "active"),
-        schema=(
-            "(Tensor(a!) candidates, Tensor(b!) gains, Tensor(c!) active, Tensor armed, "
-            "Tensor grad, Tensor x, Tensor indices, str structure) -> ()"
-        ),
-        tags=(torch.Tag.cudagraph_unsafe,),  # it reads ``armed``: a replay would not
-    ).register_fake(_observe_fake)
-    watch = torch.library.custom_op(
-        "padst::watch",
-        _watch,
-        mutates_args=(),
-        schema=(
-            "(Tensor y, Tensor x, Tensor armed, Tensor candidates, Tensor gains, Tensor active, "
-            "Tensor indices, str structure) -> Tensor"
-        ),
-    )
-    watch.register_fake(_watch_fake)
-    watch.register_autograd(_watch_backward, setup_context=_watch_setup)
-
-
-_register()
+torch.library.custom_op(
+    "padst::observe",
+    _observe,
+    mutates_args=("candidates", "gains", "active"),
+    tags=(torch.Tag.cudagraph_unsafe,),  # it reads ``armed``: a replay would not
+).register_fake(lambda *args: None)
+_WATCH = torch.library.custom_op("padst::watch", _watch, mutates_args=())
+_WATCH.register_fake(lambda y, *args: torch.empty_like(y))
+_WATCH.register_autograd(_watch_backward, setup_context=_watch_setup)

@@ -1,6 +1,7 @@
 """When masks move, how strong the penalty is, when a permutation hardens.
 
-Everything here is arithmetic on the number of optimiser steps taken; nothing is read from the model.
+Everything here is arithmetic on the number of optimiser steps taken; nothing is read from the
+model.
 """
 
 from __future__ import annotations
@@ -139,11 +140,11 @@ class RuleState(TypedDict):
 class GapRule:
     """Decide when one soft permutation hardens, without a tuned threshold.
 
-    Harden when the worst row or column has ``gap < 1 - 1/sqrt 2 = 0.2929``, where argmax is provably a
-    permutation, and the permutation was *learned*: the gap was once at or above the limit, or the
-    decoded assignment has stayed the same for ``checks`` looks in a row. The paper's fixed 0.22
-    (arXiv 2510.14812, appendix C.2.1, as reported) has no such second condition, so it fires at once
-    on a start near the identity.
+    Harden when the worst row or column has ``gap < 1 - 1/sqrt 2 = 0.2929``, where argmax is
+    provably a permutation, and the permutation was *learned*: the gap was once at or above the
+    limit, or the decoded assignment has stayed the same for ``checks`` looks in a row. The paper's
+    fixed 0.22 (arXiv 2510.14812, appendix C.2.1, as reported) has no such second condition, so it
+    fires at once on a start near the identity.
 
     Example:
         >>> rule = GapRule()
@@ -156,6 +157,10 @@ class GapRule:
     stable: int = 0
     assignment: Tensor | None = None
 
+    def note(self, gap: float) -> None:
+        """Note a gap, at the start of the training or later, without hardening."""
+        self.seen_above = self.seen_above or gap >= GAP_LIMIT
+
     def ready(self, gap: float, decode: Callable[[], Tensor]) -> bool:
         """Take one look.
 
@@ -165,7 +170,7 @@ class GapRule:
                 was never exceeded, because decoding costs more than the gap.
         """
         if not gap < GAP_LIMIT:
-            self.seen_above = self.seen_above or gap >= GAP_LIMIT
+            self.note(gap)
             return False
         if self.seen_above:
             return True

@@ -200,8 +200,8 @@ def _find_readers(model: nn.Module, sites: list[Site]) -> None:
         if id(site.module) in attention and not site.obstacle:
             site.obstacle = "nn.MultiheadAttention reads its weight without calling it"
         if id(site.module) in fast:
-            cure = "torch.backends.mha.set_fastpath_enabled(False) avoids it"
-            hint = f"in eval mode the encoder's fast path reads its dense weight; {cure}"
+            off = "torch.backends.mha.set_fastpath_enabled(False)"
+            hint = f"dense in its encoder's eval fast path; {off} avoids it"
             site.note = "; ".join(filter(None, [site.note, hint]))
 
 

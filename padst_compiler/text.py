@@ -9,7 +9,7 @@ __all__ = ["suggest", "table"]
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a text table; columns of numbers are aligned to the right.
+    """Return a text table; columns of numbers, save the first, are aligned to the right.
 
     Args:
         headers: one title per column.
@@ -35,7 +35,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
             )
     columns = list(zip(titles, *body, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [len(column) > 1 and all(map(_is_number, column[1:])) for column in columns]
+    # The first column holds names, even where those are numbers.
+    numeric = [n > 0 and all(map(_is_number, column[1:])) for n, column in enumerate(columns)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from padst_compiler.ops import LINEAR
 from padst_compiler.tensors import is_plain, storage_key, tensors_in, written_by
-from padst_compiler.untouched import call_arguments, left_as_it_was
+from padst_compiler.untouched import call_arguments, eager, left_as_it_was
 
 __all__ = ["Trace", "Use", "trace"]
 
@@ -38,8 +39,14 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     _ATEN.addbmm: (1, 2),
     _ATEN.baddbmm: (1, 2),
 }
-# One call, several layers: every matrix among the arguments is a weight. Where the width stands.
-_FUSED = {_ATEN._native_multi_head_attention: 3, _ATEN._transformer_encoder_layer_fwd: 1}
+# One call, one or several layers: all parameters among the arguments are weights. Behind each
+# operator: where the number of features stands among its arguments; 0 where the input has it.
+_FUSED = {
+    _ATEN._native_multi_head_attention: 3,
+    _ATEN._transformer_encoder_layer_fwd: 1,
+    _ATEN.mkldnn_rnn_layer: 0,
+    _ATEN._cudnn_rnn: 0,
+} | {op.overloadpacket: 0 for op in LINEAR.values()}
 # Copies through which a weight stays the same weight, besides views.
 _COPIES = {_ATEN.clone, _ATEN._to_copy, _ATEN._unsafe_view}
 _JOINS = {_ATEN.cat, _ATEN.stack}  # several weights become one operand
@@ -94,7 +101,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     recorder = _Recorder(model, (args, kwargs))
     with (
         left_as_it_was(model, recorder.written),
-        torch.compiler.set_stance("force_eager"),
+        eager(),
         torch.no_grad(),
         recorder,
     ):
@@ -148,8 +155,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         node = self._record(func, args, kwargs, result)
         if packet in _FUSED:
-            rows = args[0].numel() // args[_FUSED[packet]]
-            for weight in (a for a in args[1:] if isinstance(a, Tensor) and a.dim() == 2):
+            at = _FUSED[packet]
+            rows = args[0].numel() // (args[at] if at else args[0].shape[-1])
+            for weight in tensors_in(args[1:]):
                 self._product(node, packet.__name__, (weight,), 2 * rows * weight.numel())
         elif packet in _PRODUCTS:
             first, second = (args[at] for at in _PRODUCTS[packet])
@@ -185,8 +193,7 @@ class _Recorder(TorchDispatchMode):
             node = self.result.graph.create_node("get_attr", target)
             node.meta["use"] = use
             self._name(node, tensor)
-        found: fx.Node = self.nodes[tensor]
-        return found
+        return self.nodes[tensor]  # type: ignore[no-any-return]
 
     def _use_of(self, tensor: Tensor) -> Use | None:
         """Find the parameter whose numbers these are; views made before the run count."""

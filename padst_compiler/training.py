@@ -1,4 +1,4 @@
-"""Dynamic sparse training around any optimiser: masks move and permutations harden after ``step()``.
+"""Dynamic sparse training around any optimiser: masks move, permutations harden, after ``step()``.
 
 1. Update: every layer drops its weakest units and grows others (``growth``), in place. A grown unit
    starts at zero, with a zero optimiser state. RigL and SRigL replace the gradient step by the
@@ -9,33 +9,28 @@
 
 from __future__ import annotations
 
-import weakref
+import warnings
 from dataclasses import asdict
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from padst_compiler import growth
-from padst_compiler.layers import SparseLayer, sparse_layers
-from padst_compiler.permutation import gaps, penalty
+from padst_compiler.hardening import Hardening, controllable, harden
+from padst_compiler.layers import SparseLayer
 from padst_compiler.recorder import Recorder
-from padst_compiler.schedule import GapRule, Schedule
+from padst_compiler.schedule import Schedule
 
 __all__ = ["DynamicSparsity", "Event", "harden"]
-
-Model = TypeVar("Model", bound=nn.Module)
-
-_CONTROLLERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DynamicSparsity]]
-_CONTROLLERS = weakref.WeakKeyDictionary()
 
 
 class Event(TypedDict):
     """One layer at one update or check.
 
-    ``gap`` is that of the worst row or column, ``penalty`` is P(M) / (2 N) without lambda, both None
-    where nothing is soft; ``churn`` is the share of units that changed.
+    ``gap`` is that of the worst row or column, ``penalty`` is P(M) / (2 N) without lambda, both
+    None where nothing is soft; ``churn`` is the share of units that changed.
     """
 
     step: int
@@ -105,18 +100,15 @@ class DynamicSparsity:
         self.schedule = Schedule(
             total_steps, update_every, drop_fraction, end, penalty_weight, every
         )
-        self._layers = _controllable(model, optimizer)
+        self._layers = controllable(model, optimizer)
         self.method, self.keep_state, self.step_count = method, keep_state, 0
         self.history: list[Event] = []
         self._optimizer = optimizer
         self._generator = torch.Generator().manual_seed(seed)
         self._lambda = torch.zeros(())  # a tensor: a compiled loss must not be compiled again
         self._recorders: dict[str, Recorder] = {}
-        self._rules: dict[str, GapRule] = {}
+        self._hardening = Hardening(self._layers, optimizer)
         for name, layer in self._layers.items():
-            _CONTROLLERS[layer] = weakref.ref(self)
-            if (soft := layer.soft_permutation) is not None:
-                self._rules[name] = GapRule(seen_above=GapRule.above(soft.gap()))  # the start counts
             if method == "rigl" and layer.values.requires_grad:
                 layer.recorder = self._recorders[name] = Recorder(layer)
         self._arm()
@@ -125,51 +117,31 @@ class DynamicSparsity:
     def penalty(self) -> Tensor:
         """Return ``lambda(t) * mean over soft layers of P(M) / (2 N)``, to add to the task loss.
 
-        P(M) sums ``l1 - l2`` over N rows and N columns. Divided by 2 N it is their mean gap, below 1
-        for every width; then the mean over the layers that are still soft. So the penalty stays
+        P(M) sums ``l1 - l2`` over N rows and N columns. Divided by 2 N it is their mean gap, below
+        1 for every width; then the mean over the layers that are still soft. So the penalty stays
         below ``penalty_weight``, which compares with a task loss of the order of 1. The scalar is
         zero, on the model's device, where nothing is soft.
         """
-        device = next(iter(self._layers.values())).values.device
-        soft = [layer.soft_permutation for layer in self._layers.values()]
-        each = {id(p): p for p in soft if p is not None}  # a shared permutation counts once
-        if not each:
-            return torch.zeros((), device=device)
-        means = [p.penalty().to(device) / (2 * p.size) for p in each.values()]
-        return torch.stack(means).mean() * self._lambda
+        if not self._hardening.soft:
+            return torch.zeros((), device=next(iter(self._layers.values())).values.device)
+        return self._hardening.penalty() * self._lambda
 
     def detach(self) -> None:
         """Let go of model and optimiser; masks and permutations stay as they are."""
         self._hook.remove()
-        for name, layer in self._layers.items():
-            _CONTROLLERS.pop(layer, None)
-            if name in self._recorders:
-                layer.recorder = None
-
-    def harden(self, name: str) -> None:
-        """Harden one layer's permutation now; its logits leave the optimiser."""
-        layer = self._layers[name]
-        soft = layer.soft_permutation
-        layer.harden()
-        self._rules.pop(name, None)
-        if soft is None:
-            return
-        for group in self._optimizer.param_groups:  # an emptied group stays: schedulers count them
-            group["params"] = [p for p in group["params"] if p is not soft.logits]
-        self._optimizer.state.pop(soft.logits, None)
+        self._hardening.release()
+        for name in self._recorders:
+            self._layers[name].recorder = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the training; what ``model.state_dict()`` holds is not repeated."""
+        """Return the position in the training; nothing that ``model.state_dict()`` holds."""
         seen = self._recorders if self._records_next() else {}
         return {
             "settings": self._settings(),
             "step": self.step_count,
             "generator": self._generator.get_state(),
-            "soft": {name: rule.state_dict() for name, rule in self._rules.items()},
-            "recorders": {
-                name: {key: tensor.clone() for key, tensor in recorder.named_buffers()}
-                for name, recorder in seen.items()
-            },
+            "soft": self._hardening.state_dict(),
+            "recorders": {n: {k: t.clone() for k, t in r.named_buffers()} for n, r in seen.items()},
             "history": [event.copy() for event in self.history],
         }
 
@@ -190,18 +162,10 @@ class DynamicSparsity:
                     f"Expected {key} = {saved}, as in the checkpoint. Got {ours.get(key)}. "
                     "Construct DynamicSparsity as the run that was saved did."
                 )
-        if missing := sorted(state["soft"].keys() - self._rules.keys()):
-            raise ValueError(
-                f"Expected a soft permutation in {missing[0]}, as in the checkpoint. Got none. "
-                "Load into a model that was sparsified alike and not hardened further."
-            )
+        self._hardening.load_state_dict(state["soft"])
         self.step_count, self.history = state["step"], [event.copy() for event in state["history"]]
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._generator.set_state(state["generator"].cpu())
-        for name in self._rules.keys() - state["soft"].keys():
-            self.harden(name)
-        for name, rule in self._rules.items():
-            rule.load_state_dict(state["soft"][name])
         self._arm()
         for name, saved in state["recorders"].items():
             for key, tensor in self._recorders[name].named_buffers():
@@ -235,18 +199,23 @@ class DynamicSparsity:
 
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
+        soft = name in self._hardening.soft
+        if not (update or soft):
+            return
         churn = self._move(name, layer) if update else 0.0
-        event = Event(step=self.step_count, layer=name, gap=None, penalty=None, churn=churn, hardened=False)
-        if (soft := layer.soft_permutation) is not None:
-            matrix = soft.soft()
-            event["gap"] = gap = gaps(matrix).max().item()
-            event["penalty"] = penalty(matrix).item() / (2 * soft.size)
-            due = self.schedule.checks_at(self.step_count)
-            if due and self._rules[name].ready(gap, lambda: soft.harden().perm):
-                self.harden(name)
-                event["hardened"] = True
-        if update or soft is not None:
-            self.history.append(event)
+        gap, penalty = self._hardening.look(name) if soft else (None, None)
+        due = soft and self.schedule.checks_at(self.step_count)
+        hardened = due and self._hardening.settle(name)
+        self.history.append(
+            Event(
+                step=self.step_count,
+                layer=name,
+                gap=gap,
+                penalty=penalty,
+                churn=churn,
+                hardened=hardened,
+            )
+        )
 
     def _move(self, name: str, layer: SparseLayer) -> float:
         """Drop and grow units of one layer; return the share that changed."""
@@ -259,6 +228,12 @@ class DynamicSparsity:
             new = growth.set_(scores, slots, n_drop, candidates, self._generator)
         else:
             seen = self._recorders[name]
+            if not seen.has_seen:
+                warnings.warn(
+                    f"Expected gradients in {name or 'the model'}. Got none that is finite. "
+                    "Its mask stays; call the layer itself, not F.linear on its weight.",
+                    stacklevel=2,
+                )
             new = growth.rigl(scores, slots, n_drop, seen.candidates, seen.gains, seen.active)
         layer.indices.copy_(new.slots.view(layer.indices.shape))
         self._forget(layer.values, new.changed)
@@ -272,58 +247,3 @@ class DynamicSparsity:
         for tensor in (values, values.grad, *state.values()):
             if isinstance(tensor, Tensor) and tensor.shape == values.shape:
                 tensor.masked_fill_(mask.to(tensor.device), 0)
-
-
-def harden(model: Model) -> Model:
-    """Harden every soft permutation of ``model`` in place, wherever its gap is; return the model.
-
-    Raises:
-        ValueError: the model has no sparse layer, or a permutation that is not finite; nothing was changed.
-
-    Example:
-        >>> harden(nn.Linear(2, 2))
-        Traceback (most recent call last):
-        ValueError: Expected a model with sparse layers. Got Linear without one. ...
-    """
-    layers = _sparse(model)
-    for name, layer in layers.items():
-        if (soft := layer.soft_permutation) is not None and not soft.gap() < 1.0:
-            raise ValueError(
-                f"Expected a finite soft permutation in {name or 'the model'}. Got NaN or infinity. "
-                "Lower the learning rate of the logits, or resume from an earlier checkpoint."
-            )
-    for layer in layers.values():
-        owner = _CONTROLLERS.get(layer, lambda: None)()
-        if owner is None:
-            layer.harden()
-        else:
-            owner.harden(next(name for name, own in owner._layers.items() if own is layer))
-    return model
-
-
-def _sparse(model: nn.Module) -> dict[str, SparseLayer]:
-    layers = sparse_layers(model)
-    if not layers:
-        raise ValueError(
-            f"Expected a model with sparse layers. Got {type(model).__name__} without one. "
-            "Call padst.sparsify(model) first."
-        )
-    return layers
-
-
-def _controllable(model: nn.Module, optimizer: Optimizer) -> dict[str, SparseLayer]:
-    """Return the sparse layers of ``model``, or raise where they cannot be controlled."""
-    layers = _sparse(model)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        if _CONTROLLERS.get(layer, lambda: None)() is not None:
-            raise ValueError(
-                f"Expected one controller per model. Got a second one for {name or 'the model'}. "
-                "Call detach() on the first."
-            )
-        if layer.values.requires_grad and id(layer.values) not in held:
-            raise ValueError(
-                f"Expected an optimizer that holds {f'{name}.values'.lstrip('.')}. Got one without. "
-                "Make the optimizer after sparsify, from model.parameters()."
-            )
-    return layers

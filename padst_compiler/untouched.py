@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from padst_compiler.tensors import tensors_in
+from padst_compiler.inputs import bind
 
-__all__ = ["call_arguments", "left_as_it_was"]
+__all__ = ["call_arguments", "eager", "left_as_it_was"]
 
 
 @contextmanager
@@ -70,6 +71,18 @@ def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
             table[key] = value
 
 
+def eager() -> AbstractContextManager[Any]:
+    """Let compiled parts run as Python; without Dynamo there are none, and it loads slowly.
+
+    Example:
+        >>> with eager():
+        ...     nn.Identity()(torch.ones(1))
+        tensor([1.])
+    """
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
 def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments for ``model``, with copies of all tensors.
 
@@ -85,27 +98,12 @@ def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ..
         >>> len(args), kwargs
         (2, {})
     """
-    _check_devices(model, example_inputs)
     copies: dict[int, Tensor] = {}  # the same tensor twice stays the same tensor twice
 
     def copy(tensor: Tensor) -> Tensor:
         return copies.setdefault(id(tensor), tensor.detach().clone())
 
-    if isinstance(example_inputs, Mapping):
-        return (), pytree.tree_map_only(Tensor, copy, dict(example_inputs))
-    inputs = pytree.tree_map_only(Tensor, copy, example_inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _check_devices(model: nn.Module, example_inputs: Any) -> None:
-    if isinstance(example_inputs, Mapping):
-        example_inputs = dict(example_inputs)
-    places = {t.device for t in (*model.parameters(), *model.buffers())}
-    known = sorted(map(str, places))
-    for tensor in tensors_in(example_inputs):
-        if places and tensor.dim() and tensor.device not in places:
-            raise ValueError(
-                f"Expected example_inputs on {' or '.join(known)}, where the model is. "
-                f"Got a tensor of shape {tuple(tensor.shape)} on {tensor.device}. "
-                f"Move it there: x.to({known[0]!r})."
-            )
+    args, kwargs = bind(model, example_inputs)
+    copied: tuple[tuple[Any, ...], dict[str, Any]]
+    copied = pytree.tree_map_only(Tensor, copy, (args, kwargs))
+    return copied

@@ -1,0 +1,151 @@
+"""Pictures: what the demo learned, and what the compiler does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from padst_compiler.layers import SparseLayer, sparse_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from padst_compiler.demo import Run
+
+__all__ = ["demo_picture", "readme_picture"]
+
+INK, RUST, SEA, SAND = "#22303c", "#c2542d", "#2b7a78", "#d9b44a"
+COLOURS = {"dense": INK, "block": SAND, "block + permutation": SEA}
+
+
+def demo_picture(runs: Sequence[Run], path: Path) -> Path:
+    """Draw learning curves, penalties and gaps, one permutation soft and hard, and the masks.
+
+    Raises:
+        ImportError: the ``[plot]`` extra is not installed.
+    """
+    figure, axes = _figure(2, 4, (16, 7.6))
+    learned = next(r for r in runs if "permutation" in r.variant)
+    _curves(axes[0][0], runs)
+    _history(axes[0][1], learned, "penalty", "P(M) / 2N", None)
+    _history(axes[0][2], learned, "gap", "worst gap", 0.2929)
+    name, soft = next(iter(learned.soft.items()))
+    layer = sparse_layers(learned.model)[name]
+    _matrix(axes[0][3], soft, f"{name}: soft, before hardening")
+    assert layer.permutation is not None
+    _matrix(axes[1][3], layer.permutation.matrix().detach(), f"{name}: hard")
+    shown = list(sparse_layers(learned.model).items())[:3]
+    for axis, (other, sparse) in zip(axes[1], shown, strict=False):
+        _mask(axis, sparse, f"{other}: {sparse.sparsity:.0%} sparse")
+    return _save(figure, path)
+
+
+def readme_picture(
+    layer: SparseLayer, before: Sequence[str], after: Sequence[str], path: Path
+) -> Path:
+    """Draw a sparse layer with its permutation, and its graph before and after compilation.
+
+    Args:
+        layer: hardened, with a permutation.
+        before: the captured graph's operations, in order.
+        after: the compiled graph's.
+        path: the picture, ``.png`` or ``.svg``.
+    """
+    figure, axes = _figure(1, 4, (15, 4.2))
+    assert layer.permutation is not None
+    _mask(axes[0][0], layer, "S: structured sparse")
+    _matrix(axes[0][1], layer.permutation.matrix().detach(), "Π: learned, then hard")
+    _listing(axes[0][2], "captured", before)
+    _listing(axes[0][3], "compiled", after)
+    return _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"Expected matplotlib. Got: {error}") from error
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _curves(axis: Any, runs: Sequence[Run]) -> None:
+    for variant, colour in COLOURS.items():
+        curves = [r.curve for r in runs if r.variant == variant]
+        if not curves:
+            continue
+        steps = [step for step, _ in curves[0]]
+        scores = torch.tensor([[score for _, score in curve] for curve in curves])
+        axis.plot(steps, scores.mean(dim=0), color=colour, label=variant)
+        low, high = scores.min(dim=0).values, scores.max(dim=0).values
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set(title="test accuracy, %", xlabel="step", ylim=(60, 100))
+    axis.legend(frameon=False, loc="lower right")
+    _open(axis)
+
+
+def _history(axis: Any, run: Run, key: str, title: str, line: float | None) -> None:
+    layers = sorted({event["layer"] for event in run.history})
+    shades = (RUST, SEA, SAND, INK)
+    for position, layer in enumerate(layers):
+        colour = shades[position % len(shades)]
+        events = [e for e in run.history if e["layer"] == layer and e[key] is not None]
+        axis.plot([e["step"] for e in events], [e[key] for e in events], color=colour, label=layer)
+        hard = [e for e in events if e["hardened"]]
+        axis.plot([e["step"] for e in hard], [e[key] for e in hard], "o", color=colour)
+    if line is not None:
+        axis.axhline(line, color=INK, linewidth=0.8, linestyle=":")
+        axis.annotate("argmax is a permutation below", (0, line), va="bottom", fontsize=8)
+    axis.set(title=f"{title}, by layer", xlabel="step", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=7)
+    _open(axis)
+
+
+def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
+    axis.imshow(matrix.cpu() ** 0.5, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.title.set_fontsize(9)
+
+
+def _mask(axis: Any, layer: SparseLayer, title: str) -> None:
+    with torch.no_grad():
+        weight = layer.structure.unpack(layer.values, layer.indices, layer.shape).cpu()
+    bound = float(weight.abs().max()) or 1.0
+    if weight.shape[0] > weight.shape[1]:
+        weight, title = weight.t(), f"{title} (transposed)"
+    axis.imshow(
+        weight, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest"
+    )
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.title.set_fontsize(9)
+
+
+def _listing(axis: Any, title: str, lines: Sequence[str]) -> None:
+    axis.set_axis_off()
+    axis.set_title(title)
+    for position, line in enumerate(lines):
+        moves = "permute" in line or "index_select" in line
+        axis.text(
+            0.02,
+            0.94 - position * 0.095,
+            line,
+            family="monospace",
+            fontsize=9,
+            color=RUST if moves else INK,
+            transform=axis.transAxes,
+            va="top",
+        )
+
+
+def _open(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
