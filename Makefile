@@ -43,11 +43,11 @@ $(INSTALLED): pyproject.toml
 	  echo "Expected Python 3.10 or newer. Got $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=python3.12." >&2; exit 1; }
 	@echo "Installing into .venv: once, a few minutes."
 	@"$(PYTHON)" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install -qq --upgrade pip
 	@if command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU; then \
-	  $(BIN)/python -m pip install --quiet 'torch>=2.11'; \
+	  $(BIN)/python -m pip install -qq 'torch>=2.11'; \
 	else \
-	  $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") 'torch==2.13.0'; \
+	  $(BIN)/python -m pip install -qq $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") 'torch==2.13.0'; \
 	fi
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@

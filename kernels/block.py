@@ -55,7 +55,7 @@ def _batched(g: Geometry, copies: float) -> float | None:
         return None  # on a GPU nothing here is measured yet: dense until it is
     b = g.structure.size
     rows = g.shape.out_features // b
-    efficiency = {4: 0.1, 8: 0.15, 16: 0.3, 32: 0.5, 64: 0.7}.get(b, 0.3 if b < 32 else 0.75)
+    efficiency = {4: 0.1, 8: 0.15, 16: 0.4, 32: 0.5, 64: 0.7}.get(b, 0.3 if b < 32 else 0.75)
     product = gemm(g.tokens, g.kept * b, b, rows, efficiency)
     gather = moved(rows * g.tokens * g.kept * b, g.item)
     return product + gather + moved(copies * g.tokens * g.shape.out_features, g.item)

@@ -23,6 +23,7 @@ __all__ = ["Candidates", "Formulation", "Geometry", "gemm", "moved"]
 # (docs/kernels.md).
 BYTE = 12.0
 WEIGHT_READ = 20.0  # per weight of a product with few tokens
+CACHE = 2.0**24  # bytes that a copy may move before it leaves the cache
 LAUNCH = 4.0e5  # one more kernel call, about 3 us
 
 
@@ -82,6 +83,6 @@ def gemm(tokens: int, inner: int, outer: int, batch: int = 1, efficiency: float 
 
 
 def moved(numbers: float, item: int) -> float:
-    """Return the cost of reading and writing ``numbers`` numbers once; dearer out of cache."""
+    """Return the cost of reading and writing ``numbers`` numbers once; out of cache up to 4x."""
     bytes_moved = 2.0 * numbers * item
-    return BYTE * bytes_moved * (1.0 if bytes_moved < 2**24 else 2.0) + LAUNCH
+    return BYTE * bytes_moved * min(4.0, max(1.0, bytes_moved / CACHE)) + LAUNCH

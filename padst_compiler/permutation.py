@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from padst_compiler.index_map import IndexMap
@@ -90,6 +89,8 @@ def decode(matrix: Tensor) -> IndexMap:
     best = exact.argmax(dim=1)
     if bool((best.bincount(minlength=best.numel()) == 1).all()):
         return IndexMap.of(best)
+    from scipy.optimize import linear_sum_assignment  # here: it is slow to import
+
     return IndexMap.of(torch.from_numpy(linear_sum_assignment(exact.numpy(), maximize=True)[1]))
 
 

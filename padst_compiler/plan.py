@@ -91,6 +91,9 @@ class Plan:
                 f": {covered:,} of {weights:,} linear weights ({covered / weights:.1%}), "
                 f"{zeros / weights:.1%} of all are zero"
             )
+        logits = sum(s.permuted_size**2 for s in self.sparse if s.permutation == "learned")
+        if logits:
+            text += f"; {logits:,} more numbers while permutations are soft"
         if self.linear_flops:
             share = sum(s.flops for s in sparse) / self.linear_flops
             text += f"; {share:.1%} of {self.linear_flops:,} linear FLOPs"

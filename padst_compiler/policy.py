@@ -80,17 +80,18 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
         >>> from padst_compiler.sites import discover
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> default_exceptions(net, discover(net))
-        {'2': 'output head: no site reads its 10 features'}
+        {'2': 'output head: no layer reads its 10 features'}
     """
     named = {s.name: f"output head by name ({s.name})" for s in sites if _HEAD.search(s.name)}
     linear = [s for s in sites if s.kind in ("linear", "conv1d", "conv1x1") and s.name]
     matrices = sum(p.dim() >= 2 for p in model.parameters())
     if linear and matrices > 1 and not any("pooler" not in name for name in named):
-        widths = {s.shape.in_features for s in sites if s.shape is not None}
+        widths: set[Any] = {s.shape.in_features for s in sites if s.shape is not None}
+        widths |= {getattr(module, "in_channels", None) for module in model.modules()}
         last = linear[-1]
         if last.shape is not None and last.shape.out_features not in widths:
             outputs = last.shape.out_features
-            named[last.name] = f"output head: no site reads its {outputs} features"
+            named[last.name] = f"output head: no layer reads its {outputs} features"
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next((m for m in model.modules() if isinstance(m, kinds)), None)
     stems = [s for s in linear if s.module is first and s.kind == "conv1x1"]

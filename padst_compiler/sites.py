@@ -58,6 +58,12 @@ class Site:
         """The name to print; the model itself is "(root)"."""
         return self.name or "(root)"
 
+    @property
+    def permuted_size(self) -> int:
+        """The width of the side that the permutation acts on."""
+        assert self.shape is not None
+        return self.shape.in_features if self.side == "input" else self.shape.out_features
+
 
 def discover(model: nn.Module, traced: Trace | None = None) -> list[Site]:
     """Return the sites of ``model`` in the order of its modules, each once.

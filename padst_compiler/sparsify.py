@@ -167,15 +167,13 @@ def _topology_of(site: Site) -> Tensor:
 
 
 def _permutation_of(site: Site) -> Permutation | None:
-    assert site.shape is not None
     if site.permutation == "none":
         return None
     weight, generator = _weight_of(site), _generator(site, "permutation")
-    size = site.shape.in_features if site.side == "input" else site.shape.out_features
     if site.permutation == "random":
-        perm = torch.randperm(size, generator=generator)
+        perm = torch.randperm(site.permuted_size, generator=generator)
         return FixedPermutation(IndexMap.of(perm), weight.device)
-    soft = SinkhornPermutation(size, generator, device=weight.device)
+    soft = SinkhornPermutation(site.permuted_size, generator, device=weight.device)
     soft.logits.requires_grad_(weight.requires_grad)  # a frozen layer stays frozen
     return soft
 

@@ -1,0 +1,194 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from padst_compiler.compat import inductor_decompositions, trace_aten
+from padst_compiler.formulation import Formulation, Geometry
+from padst_compiler.kernels import CANDIDATES, PORTABLE
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.passes.choose_formulation import ChooseFormulation
+from padst_compiler.rewrite import Facts
+from padst_compiler.structures import NM, STRUCTURES, Block, Diagonal, FanIn, Shape, Structure
+from padst_compiler.structures import Unstructured
+
+Rewrite = Callable[..., Any]
+ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())
+I, O = 16, 24  # noqa: E741
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def stored(structure: Structure) -> dict[str, Any]:
+    indices = structure.select(x(O, I), structure.kept(Shape(O, I), 0.5))
+    return {"values": structure.pack(x(O, I), indices), "indices": indices}
+
+
+def call(structure: Structure) -> Callable[..., Tensor]:
+    def run(x: Tensor, values: Tensor, indices: Tensor, bias: Any = None) -> Tensor:
+        y: Tensor = LINEAR[structure.name](x, values, indices, bias, O)
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
+@pytest.mark.parametrize("prefer", ["auto", "dense", "sparse"])
+@pytest.mark.parametrize("shape", [(I,), (9, I), (2, 5, I)])
+def test_every_operator_is_replaced_and_computes_the_same(
+    rewrite: Rewrite, structure: Structure, prefer: str, shape: tuple[int, ...]
+) -> None:
+    choose = ChooseFormulation(CANDIDATES, prefer=prefer)
+    for bias in ({}, {"bias": x(O)}):
+        result = rewrite(choose, call(structure), x(*shape), **stored(structure), **bias)
+        assert result.before == [f"{structure.name}_linear"]
+        assert not any(name.endswith("_linear") for name in result.after)
+        assert (len(result.fired), result.where) == (1, ["indices"])
+
+
+@pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
+@pytest.mark.parametrize("prefer", ["dense", "sparse"])
+def test_the_backward_operators_are_replaced_too(
+    rewrite: Rewrite, structure: Structure, prefer: str
+) -> None:
+    def run(x: Tensor, grad: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        dx = LINEAR_DX[structure.name](grad, values, indices, I)
+        return dx, LINEAR_DW[structure.name](grad, x, indices)
+
+    given = stored(structure)
+    choose = ChooseFormulation(CANDIDATES, prefer=prefer)
+    result = rewrite(choose, run, x(2, 5, I), x(2, 5, O), *given.values())
+    assert sorted(result.before) == [f"{structure.name}_linear_dw", f"{structure.name}_linear_dx"]
+    assert not any("linear" in name for name in result.after)
+    assert len(result.fired) == 2
+
+
+@pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
+@pytest.mark.parametrize("candidates", [CANDIDATES, PORTABLE], ids=["own", "portable"])
+def test_dense_where_it_is_asked_for(
+    rewrite: Rewrite, structure: Structure, candidates: Any
+) -> None:
+    choose = ChooseFormulation(candidates, prefer="dense")
+    result = rewrite(choose, call(structure), x(9, I), bias=x(O), **stored(structure))
+    assert result.fired == ["dense: dense was asked for"]
+    assert result.after == ["addmm"]
+
+
+def test_dense_where_nothing_else_applies(rewrite: Rewrite) -> None:
+    for prefer in ("auto", "sparse"):
+        choose = ChooseFormulation(CANDIDATES, prefer=prefer)
+        result = rewrite(choose, call(Unstructured()), x(9, I), **stored(Unstructured()))
+        assert result.fired == ["dense: no sparse formulation of unstructured applies here"]
+
+
+def test_the_frozen_weight_is_made_outside_the_way_of_the_input(rewrite: Rewrite) -> None:
+    choose = ChooseFormulation(CANDIDATES, prefer="dense")
+    result = rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn()))
+    assert result.after == ["mm"]
+
+
+# -- the choice ------------------------------------------------------------------------------------
+
+
+def offered(*costs: float | None, seen: list[Geometry] | None = None) -> dict[Any, Any]:
+    """Return candidates of fan_in_linear that cost what is asked; the last is dense."""
+    run = CANDIDATES[LINEAR["fan_in"]][-1].run
+
+    def cost(value: float | None) -> Callable[[Geometry], float | None]:
+        def answer(geometry: Geometry) -> float | None:
+            if seen is not None:
+                seen.append(geometry)
+            return value
+
+        return answer
+
+    names = [*(f"sparse{i}" for i in range(len(costs) - 1)), "dense"]
+    ways = [Formulation(n, run, cost(c)) for n, c in zip(names, costs, strict=True)]
+    return {LINEAR["fan_in"]: ways}
+
+
+@pytest.mark.parametrize(
+    ("costs", "prefer", "said"),
+    [
+        ((89.0, 100.0), "auto", "sparse0: predicted 1.1x dense"),
+        ((91.0, 100.0), "auto", "dense: sparse0 is predicted at 1.10x dense"),  # within the margin
+        ((120.0, 100.0), "auto", "dense: sparse0 is predicted at 0.83x dense"),
+        ((120.0, 50.0, 100.0), "auto", "sparse1: predicted 2.0x dense"),
+        ((None, 50.0, 100.0), "auto", "sparse1: predicted 2.0x dense"),
+        ((None, 100.0), "auto", "dense: no sparse formulation of fan_in applies here"),
+        ((100.0,), "auto", "dense: no sparse formulation of fan_in applies here"),
+        ((200.0, 100.0), "sparse", "sparse0: sparse was asked for; predicted 0.5x dense"),
+        ((1.0, 100.0), "dense", "dense: dense was asked for"),
+    ],
+)
+def test_the_cheapest_is_taken_and_dense_within_the_margin(
+    rewrite: Rewrite, costs: tuple[float | None, ...], prefer: str, said: str
+) -> None:
+    choose = ChooseFormulation(offered(*costs), prefer=prefer)
+    assert rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired == [said]
+
+
+def test_an_operator_without_candidates_stays(rewrite: Rewrite) -> None:
+    result = rewrite(ChooseFormulation(offered(1.0)), call(NM(8)), x(9, I), **stored(NM(8)))
+    assert result.after == ["nm_linear"]
+    assert result.fired == []
+
+
+def test_costs_see_tokens_type_place_and_whether_weights_are_frozen(rewrite: Rewrite) -> None:
+    seen: list[Geometry] = []
+    choose = ChooseFormulation(offered(1.0, seen=seen))
+    given = stored(FanIn())
+    rewrite(choose, call(FanIn()), x(2, 5, I), **given)
+    rewrite(choose, call(FanIn()), x(I), *given.values())
+    rewrite(choose, call(FanIn()), x(7, I), dynamic=True, **given)
+    halves = {"values": given["values"].bfloat16(), "indices": given["indices"]}
+    rewrite(choose, call(FanIn()), x(2, I).bfloat16(), **halves)
+    kept = given["indices"].shape[1]
+    assert {(g.shape, g.kept, g.device) for g in seen} == {(Shape(O, I), kept, "cpu")}
+    assert [g.tokens for g in seen] == [10, 1, 7, 2]
+    assert [g.dtype for g in seen] == [torch.float64] * 3 + [torch.bfloat16]
+    assert [g.frozen for g in seen] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
+def test_a_replacement_has_the_strides_that_the_graph_was_traced_with(
+    rewrite: Rewrite, structure: Structure
+) -> None:
+    def run(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        return call(structure)(x, values, indices).view(2, -1)  # valid: the operator is contiguous
+
+    for size in (16, 40):
+        choose = ChooseFormulation(CANDIDATES, prefer="sparse")
+        given = {
+            name: t.float() if t.is_floating_point() else t for name, t in stored(structure).items()
+        }
+        result = rewrite(choose, run, torch.randn(2, size, I), **given)
+        view = result.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)[-1]
+        assert view.args[0].meta["val"].is_contiguous()
+
+
+@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda k: k.name)
+def test_a_joint_graph_gets_operators_that_it_may_still_hold(kind: type[Structure]) -> None:
+    structure = next(s for s in ALL if isinstance(s, kind))
+    table = inductor_decompositions()
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t) for t in (x(9, I), *stored(structure).values())]
+    traced = trace_aten(call(structure), fakes, table=table)
+    for prefer in ("dense", "sparse"):
+        graph = torch.fx.Graph()
+        graph.output(graph.graph_copy(traced.graph, {}))
+        ChooseFormulation(CANDIDATES, prefer=prefer)(graph, Facts(table=table))
+        calls = {n.target for n in graph.nodes if n.op == "call_function"}
+        assert calls
+        assert not calls & set(table)
+
+
+def test_the_cache_key_of_the_pass_names_the_preference() -> None:
+    keys = {repr(ChooseFormulation(CANDIDATES, prefer=p)) for p in ("auto", "dense", "sparse")}
+    assert len(keys) == 3
+    assert not any("0x" in key for key in keys)  # no address: the key must be the same tomorrow

@@ -1,0 +1,63 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from padst_compiler.compat import inductor_decompositions, trace_aten
+from padst_compiler.passes.lower_maps import LowerMaps
+from padst_compiler.rewrite import Facts
+
+permute, inverse = torch.ops.padst.permute, torch.ops.padst.invert
+Rewrite = Callable[..., Any]
+REMAINS = "a gather remains, fused with its neighbours"
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+def test_a_map_becomes_a_gather(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
+    table = torch.randperm(8)
+    result = rewrite(LowerMaps(), lambda x, p: permute(x, p), x(*shape), p=table)
+    assert (result.before, result.after) == (["permute"], ["index_select"])
+    assert (result.left, result.where) == ([REMAINS], ["p"])
+
+
+def test_an_inverse_becomes_plain_torch_and_costs_no_gather(rewrite: Rewrite) -> None:
+    result = rewrite(LowerMaps(), lambda p: inverse(p), torch.randperm(8))
+    assert "invert" not in result.after
+    assert result.left == []
+
+
+def test_every_map_is_counted_once(rewrite: Rewrite) -> None:
+    def run(x: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        once = permute(x, p)
+        return once, permute(once.relu(), inverse(q))
+
+    result = rewrite(LowerMaps(), run, x(3, 8), p=torch.randperm(8), q=torch.randperm(8))
+    assert result.left == [REMAINS, REMAINS]
+    assert not {"permute", "invert"} & set(result.after)
+
+
+def test_half_precision_and_symbolic_batches(rewrite: Rewrite) -> None:
+    half = torch.randn(3, 8).bfloat16()
+    result = rewrite(
+        LowerMaps(), lambda x, p: permute(x, p), half, dynamic=True, p=torch.randperm(8)
+    )
+    gather = next(n for n in result.graph.nodes if n.target is torch.ops.aten.index_select.default)
+    assert isinstance(gather.meta["val"].shape[0], torch.SymInt)
+
+
+def test_a_joint_graph_gets_operators_that_it_may_still_hold() -> None:
+    table = inductor_decompositions()
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t) for t in (x(3, 8), torch.randperm(8))]
+    traced = trace_aten(lambda x, p: permute(x, inverse(p)), fakes, table=table)
+    LowerMaps()(traced.graph, Facts(table=table))
+    calls = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    assert calls
+    assert not set(calls) & set(table)
