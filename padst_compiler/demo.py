@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +50,9 @@ class Run:
     soft: dict[str, Tensor] = field(default_factory=dict)  # soft matrices just before hardening
 
 
-def train(images: Images, variant: str, seed: int, epochs: int, tick: Callable[[], None]) -> Run:
+def train(
+    images: Images, variant: str, seed: int, epochs: int, tick: Callable[[int], object]
+) -> Run:
     """Train one variant; every random number comes from ``seed``.
 
     Args:
@@ -53,7 +60,7 @@ def train(images: Images, variant: str, seed: int, epochs: int, tick: Callable[[
         variant: one of ``VARIANTS``.
         seed: of the weights, the order of the data and the topology.
         epochs: passes over the training images.
-        tick: called after every epoch.
+        tick: called with the number of every epoch that is done.
     """
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -86,7 +93,7 @@ def train(images: Images, variant: str, seed: int, epochs: int, tick: Callable[[
             optimizer.step()
             schedule.step()
         result.curve.append(((epoch + 1) * batches, accuracy(model, images)))
-        tick()
+        tick(epoch)
     result.soft_accuracy = result.curve[-1][1]
     if training is not None:
         result.history = list(training.history)
@@ -116,17 +123,10 @@ def run(data: Path | None, out: Path, *, seeds: int = 3, epochs: int | None = No
         seeds: trainings per variant.
         epochs: passes over the data; by default 25 for the digits and 6 for ``data``.
     """
-    from tqdm import tqdm
-
     images = digits() if data is None else load_images(data)
     epochs = epochs or (25 if data is None else 6)
     out.mkdir(parents=True, exist_ok=True)
-    runs: list[Run] = []
-    with tqdm(total=len(VARIANTS) * seeds * epochs, unit="epoch", desc="train") as bar:
-        for seed in range(seeds):
-            for variant in VARIANTS:
-                bar.set_description(f"train {variant}, seed {seed}")
-                runs.append(train(images, variant, seed, epochs, lambda: bar.update() and None))
+    runs = _train_all(images, seeds, epochs)
     print("compiling, exporting and timing ...", flush=True)
     rows = _compare([r for r in runs if r.seed == 0], runs, images, out)
     lines = [
@@ -145,6 +145,31 @@ def run(data: Path | None, out: Path, *, seeds: int = 3, epochs: int | None = No
     except ImportError as error:
         lines.append(f'no picture: {error}. pip install "padst-compiler[plot]" draws it.')
     return "\n".join(lines)
+
+
+def _train_all(images: Images, seeds: int, epochs: int) -> list[Run]:
+    """Train every variant with every seed: one thread and one process each, a bar for all."""
+    from tqdm import tqdm
+
+    jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    context = multiprocessing.get_context("spawn")
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(
+            workers, context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+        tqdm(total=len(jobs) * epochs, unit="epoch", desc=f"train {len(jobs)} models") as bar,
+    ):
+        ticks = manager.Queue()
+        futures = [pool.submit(train, images, *job, epochs, ticks.put) for job in jobs]
+        while not all(future.done() for future in futures) or not ticks.empty():
+            with suppress(queue.Empty):
+                ticks.get(timeout=0.2)
+                bar.update()
+            if any(future.done() and future.exception() for future in futures):
+                pool.shutdown(cancel_futures=True)
+        return [future.result() for future in futures]
 
 
 _HEADERS = (

@@ -112,7 +112,14 @@ def test_fan_in_and_unstructured_readers_absorb_any_map(
     )
     assert result.before == ["permute", f"{structure.name}_linear"]
     assert result.after == [f"{structure.name}_linear"]
+
+
+@pytest.mark.parametrize("structure", [FanIn(), Unstructured(), Block(4)], ids=lambda s: s.name)
+def test_the_report_names_the_map_and_its_reader(rewrite: Rewrite, structure: Structure) -> None:
+    given = {"p": whole_blocks(I, 4), **stored(structure)}
+    result = rewrite(AbsorbIntoReader(), reader(structure), x(3, I), **given)
     assert result.fired == [f"columns of indices ({structure.name}_linear)"]
+    assert result.where == ["p"]
 
 
 @pytest.mark.parametrize(
