@@ -44,7 +44,7 @@ STRUCTURES = ("block:32", "block:64", "block:16", "nm:16", "diagonal", "fan_in",
 def mlp(width: int, hidden: int) -> nn.Sequential:
     """Return ``width -> hidden -> width`` with GELU, seeded."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)).eval()
 
 
@@ -136,7 +136,7 @@ def training_step(structure: str, tokens: int, sparsity: float) -> list[str]:
     def step(model: Callable[[Tensor], Tensor], of: nn.Module) -> Callable[[], None]:
         def run() -> None:
             of.zero_grad(set_to_none=True)
-            model(x).square().sum().backward()  # type: ignore[no-untyped-call]
+            model(x).square().sum().backward()
 
         return run
 

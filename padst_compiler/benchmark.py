@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def compare_with_dense(model: nn.Module, example_inputs: Any, *, rounds: int = 1
     rows = []
     with torch.no_grad():
         expected = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
-        calls = {name: (lambda c=c: c(*args, **kwargs)) for name, c in contestants.items()}
+        calls = {name: partial(c, *args, **kwargs) for name, c in contestants.items()}
         results = {n: torch.utils._pytree.tree_leaves(call()) for n, call in calls.items()}
         times = paired(calls, rounds=rounds)
     for name in contestants:

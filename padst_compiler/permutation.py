@@ -140,9 +140,10 @@ class SinkhornPermutation(Permutation):
     """A soft permutation: ``Sinkhorn(logits / temperature)``, learned with the layer.
 
     The start is near uniform: an identity start collapses under the penalty (83-100 % fixed
-    points in planted experiments). ``temperature`` scales the logits so that optimisers may use
-    the learning rate of the weights. Costs ``size^2`` parameters and one ``size x size`` product
-    per use while soft.
+    points in planted experiments). Noise of one logit keeps pairs of features from staying tied
+    at one half, a saddle of the penalty. ``temperature`` scales the logits so that optimisers may
+    use the learning rate of the weights. Costs ``size^2`` parameters and one ``size x size``
+    product per use while soft.
 
     Example:
         >>> soft = SinkhornPermutation(8, torch.Generator().manual_seed(0))
@@ -158,8 +159,8 @@ class SinkhornPermutation(Permutation):
         generator: torch.Generator,
         *,
         temperature: float = 0.1,
-        iterations: int = 5,
-        noise: float = 0.1,
+        iterations: int = 10,
+        noise: float = 1.0,
         device: torch.device | None = None,
     ) -> None:
         """Start near uniform: logits over temperature are normal with deviation ``noise``."""

@@ -13,7 +13,7 @@ from padst_compiler.layers import SparseLayer, sparse_layers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from padst_compiler.demo import Run
+    from padst_compiler.trial import Run
 
 __all__ = ["demo_picture", "readme_picture"]
 

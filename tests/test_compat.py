@@ -1,0 +1,398 @@
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor import config
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import padst_compiler.ops  # noqa: F401  (torch.ops.padst)
+from padst_compiler import compat
+
+ATEN = torch.ops.aten
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def calls(module: fx.GraphModule) -> list[Any]:
+    return [n.target for n in module.graph.nodes if n.op == "call_function"]
+
+
+def fake(*shapes: tuple[int, ...], dynamic: bool = False) -> list[Any]:
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    return [mode.from_tensor(torch.randn(*s), static_shapes=not dynamic) for s in shapes]
+
+
+# -- trace_aten ------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_aten_and_carries_values() -> None:
+    module = compat.trace_aten(nn.functional.linear, fake((2, 3), (4, 3)))
+    assert calls(module) == [ATEN.t.default, ATEN.mm.default]
+    assert [tuple(n.meta["val"].shape) for n in module.graph.nodes if "val" in n.meta] == [
+        (2, 3),
+        (4, 3),
+        (3, 4),
+        (2, 4),
+    ]
+
+
+def test_our_operators_stay_whole() -> None:
+    def run(x: Tensor, p: Tensor) -> Tensor:
+        y: Tensor = torch.ops.padst.permute(x, p)
+        return y.relu()
+
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(torch.ones(2, 3)), mode.from_tensor(torch.arange(3))]
+    assert calls(compat.trace_aten(run, fakes)) == [
+        torch.ops.padst.permute.default,
+        ATEN.relu.default,
+    ]
+
+
+def test_a_trace_keeps_symbolic_sizes() -> None:
+    for functional in (False, True):
+        fakes = fake((5, 3), dynamic=True)
+        module = compat.trace_aten(
+            lambda x: x.reshape(-1, 1, x.shape[1]).exp(), fakes, functional=functional
+        )
+        result = module.graph.output_node().args[0]
+        assert isinstance(result, fx.Node)
+        assert isinstance(result.meta["val"].shape[0], torch.SymInt)
+        assert fakes[0].fake_mode.shape_env.guards == []
+
+
+def test_symbolic_integers_and_constants_are_inputs_too() -> None:
+    (x,) = fake((5, 3), dynamic=True)
+    module = compat.trace_aten(lambda n, x, k, none: x.view(n, -1) * k, [x.shape[0], x, 2, None])
+    assert len(module.graph.find_nodes(op="placeholder")) == 4
+    torch.testing.assert_close(module(5, torch.ones(5, 3), 2, None), torch.full((5, 3), 2.0))
+
+
+def test_a_mutation_of_an_input_becomes_a_copy_at_the_end() -> None:
+    def count(x: Tensor, seen: Tensor) -> Tensor:
+        seen.add_(1)
+        y = x.clone().mul_(seen)
+        seen[0] = 5.0
+        return y
+
+    module = compat.trace_aten(count, fake((3,), (3,)), functional=True)
+    mutable = [t for t in calls(module) if t._schema.is_mutable]
+    assert mutable == [ATEN.copy_.default]
+    copy = module.graph.find_nodes(op="call_function", target=ATEN.copy_.default)[0]
+    assert copy.args[0] is list(module.graph.nodes)[1]
+    seen = torch.zeros(3)
+    assert module(torch.ones(3), seen).tolist() == [1.0] * 3
+    assert seen.tolist() == [5.0, 1.0, 1.0]
+
+
+def test_without_mutation_a_functional_trace_has_no_copy() -> None:
+    module = compat.trace_aten(lambda x: x.clone().relu_(), fake((3,)), functional=True)
+    assert ATEN.relu_.default not in calls(module)
+    assert ATEN.copy_.default not in calls(module)
+
+
+def test_an_input_that_changes_its_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="input 0 changes its shape or strides in place"):
+        compat.trace_aten(lambda x: x.t_().exp(), fake((3, 2)), functional=True)
+
+
+def test_several_results_none_and_an_input_come_through() -> None:
+    module = compat.trace_aten(
+        lambda x: (x, None, {"y": x.exp()}, x[0]), fake((3,)), functional=True
+    )
+    x = torch.ones(3)
+    result = module(x)
+    assert result[0] is x
+    assert result[1] is None
+    torch.testing.assert_close(result[2]["y"], x.exp())
+
+
+def test_real_constants_are_allowed_and_the_mode_is_left_as_it_was() -> None:
+    constant, fakes = torch.ones(3), fake((3,))
+    before = fakes[0].fake_mode.allow_non_fake_inputs
+    module = compat.trace_aten(lambda x: x + constant, fakes)
+    assert module(torch.ones(3)).tolist() == [2.0] * 3
+    assert fakes[0].fake_mode.allow_non_fake_inputs is before
+
+
+def test_no_gradients_are_traced_and_the_callers_mode_is_left() -> None:
+    seen = []
+    compat.trace_aten(lambda x: (seen.append(torch.is_grad_enabled()), x.exp())[1], fake((3,)))
+    assert seen == [False]
+    assert torch.is_grad_enabled()
+
+
+def test_a_table_decomposes() -> None:
+    table = compat.inductor_decompositions()
+    (x,) = fake((3,))
+    silu = torch.ops.aten.silu
+    assert calls(compat.trace_aten(lambda x: silu(x), [x])) == [ATEN.silu.default]
+    decomposed = calls(compat.trace_aten(lambda x: silu(x), [x], table=table))
+    assert decomposed
+    assert ATEN.silu.default not in decomposed
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.constant = torch.arange(4.0)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x) * self.scale + self.constant + y, x.exp()
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_exported_model_is_a_function_of_flat_inputs(dynamic: bool) -> None:
+    model, inputs = Scaled(), (torch.randn(2, 3), torch.randn(2, 4))
+    function, fakes, reals, state = compat.exported(model, inputs, dynamic)
+    assert len(fakes) == len(reals) == 6
+    assert sorted(state.values()) == ["", "", "fc", "fc"]
+    torch.testing.assert_close(function(*reals), model(*inputs))
+    batch = {type(f.shape[0]) for i, f in enumerate(fakes) if i not in state}
+    assert batch == ({torch.SymInt} if dynamic else {int})
+
+
+def test_a_batch_of_one_is_no_constant() -> None:
+    function, fakes, reals, state = compat.exported(nn.Linear(3, 4), (torch.randn(1, 3),), True)
+    (position,) = set(range(3)) - set(state)
+    assert isinstance(fakes[position].shape[0], torch.SymInt)
+    reals[position] = torch.randn(7, 3)
+    assert function(*reals)[0].shape == (7, 4)
+
+
+def test_a_model_of_any_number_of_inputs() -> None:
+    class Sum(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return torch.stack(inputs).sum(0)
+
+    function, _, reals, _ = compat.exported(Sum(), (torch.ones(2, 3), torch.ones(2, 3)), True)
+    assert torch.equal(function(*reals)[0], torch.full((2, 3), 2.0))
+
+
+def test_a_model_that_fixes_its_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.ones(4, 3)
+
+    with pytest.raises(ValueError, match=r"(?s)any batch size.*Pass dynamic_batch=False"):
+        compat.exported(Fixed(), (torch.ones(4, 3),), True)
+    function, _, reals, _ = compat.exported(Fixed(), (torch.ones(4, 3),), False)
+    assert torch.equal(function(*reals)[0], torch.full((4, 3), 2.0))
+
+
+def test_an_exported_mutation_is_not_among_the_results() -> None:
+    class Count(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1)
+            return x.exp()
+
+    x = torch.randn(2, 3)
+    function, _, reals, _ = compat.exported(Count(), (x,), True)
+    results = function(*reals)
+    assert len(results) == 1
+    torch.testing.assert_close(results[0], x.exp())
+
+
+# -- what Dynamo passes ----------------------------------------------------------------------------
+
+
+def dynamo_inputs(model: nn.Module, *inputs: Tensor) -> list[tuple[str, bool]]:
+    found: list[tuple[str, bool]] = []
+
+    def record(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        holders = module.graph.find_nodes(op="placeholder")
+        found.extend(
+            (compat.source_name(h), compat.is_module_state(e))
+            for h, e in zip(holders, examples, strict=True)
+        )
+        return module.forward
+
+    torch.compile(model, backend=record)(*inputs)
+    return found
+
+
+def test_parameters_and_buffers_are_told_from_inputs_and_have_a_name() -> None:
+    found = dict(dynamo_inputs(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.ones(2, 3)))
+    state = {name for name, is_state in found.items() if is_state}
+    assert len(found) - len(state) == 1
+    assert any("_modules['0']" in name and "weight" in name for name in state)
+    assert any("_modules['1']" in name and "running_mean" in name for name in state)
+
+
+def test_ordinary_values_are_no_module_state() -> None:
+    assert not compat.is_module_state(torch.ones(3))
+    assert not compat.is_module_state(3)
+    graph = fx.Graph()
+    assert compat.source_name(graph.placeholder("x")) == ""
+
+
+def test_a_size_is_its_hint() -> None:
+    (x,) = fake((5, 3), dynamic=True)
+    assert compat.size_hint(7) == 7
+    assert compat.size_hint(x.shape[0]) == 5
+    assert compat.size_hint(2 * x.shape[0]) == 10
+    assert x.fake_mode.shape_env.guards == []
+
+
+def test_a_size_that_nobody_knows_gets_a_guess() -> None:
+    assert compat.size_hint(ShapeEnv().create_unbacked_symint()) == 1024
+
+
+# -- Inductor --------------------------------------------------------------------------------------
+
+
+def test_modes_are_inductors() -> None:
+    assert compat.mode_options(None) == compat.mode_options("default") == {}
+    for mode, expected in torch._inductor.list_mode_options().items():
+        assert compat.mode_options(mode) == expected
+    assert compat.mode_options("max-autotune-no-cudagraphs")["max_autotune"] is True
+    with pytest.raises(ValueError, match=r"Expected a mode of \[.*\]\. Got 'fast'"):
+        compat.mode_options("fast")
+
+
+def test_modes_are_copied() -> None:
+    compat.mode_options("max-autotune").clear()
+    assert compat.mode_options("max-autotune")
+
+
+def test_option_names_are_inductors() -> None:
+    names = compat.inductor_option_names()
+    assert {"max_autotune", "epilogue_fusion", "cpp.threads", "triton.cudagraphs"} <= names
+    assert names >= {name.replace("-", "_") for name in torch._inductor.list_options()}
+
+
+def test_reset_works_without_a_gpu() -> None:
+    compat.reset_inductor()
+
+
+class Pass(compat.CustomGraphPass):
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.log.append(self.name)
+
+    def uuid(self) -> str:
+        return f"id of {self.name}"
+
+
+@pytest.fixture
+def joint_pass() -> Iterator[Callable[[Any], None]]:
+    before = config.joint_custom_pre_pass
+    yield lambda value: setattr(config, "joint_custom_pre_pass", value)
+    config.joint_custom_pre_pass = before
+
+
+def test_a_graph_compiles_and_our_pass_runs() -> None:
+    log: list[str] = []
+    module = fx.symbolic_trace(nn.ReLU())
+    options = {"joint_custom_pre_pass": compat.composed(Pass(log, "ours"))}
+    compiled = compat.compile_with_inductor(module, [torch.ones(3)], options)
+    assert compiled(-torch.ones(3)).tolist() == [0.0] * 3
+    assert log == ["ours"]
+    assert config.joint_custom_pre_pass is None
+
+
+def test_the_users_own_joint_pass_runs_too(joint_pass: Callable[[Any], None]) -> None:
+    log: list[str] = []
+    joint_pass(Pass(log, "theirs"))
+    both = compat.composed(Pass(log, "ours"))
+    module = fx.symbolic_trace(nn.Sigmoid())
+    compat.compile_with_inductor(module, [torch.ones(3)], {"joint_custom_pre_pass": both})
+    assert log == ["theirs", "ours"]
+    assert both.uuid() == ("id of theirs", "id of ours")
+
+
+def test_alone_our_pass_stays_itself() -> None:
+    ours = Pass([], "ours")
+    assert compat.composed(ours) is ours
+
+
+def test_a_pass_without_an_identity_is_not_cached(joint_pass: Callable[[Any], None]) -> None:
+    log: list[str] = []
+    joint_pass(lambda graph: log.append("theirs"))
+    both = compat.composed(Pass(log, "ours"))
+    assert both.uuid() is None
+    both(fx.Graph())
+    assert log == ["theirs", "ours"]
+
+
+def test_a_list_of_passes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Configured:
+        joint_custom_pre_pass = (Pass(log, "one"), Pass(log, "two"))
+
+    monkeypatch.setattr(torch._inductor, "config", Configured)
+    both = compat.composed(Pass(log, "ours"))
+    both(fx.Graph())
+    assert log == ["one", "two", "ours"]
+    assert both.uuid() == ("id of one", "id of two", "id of ours")
+
+
+# -- the cache key ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "padst_compiler"
+    shutil.copytree(ROOT / "padst_compiler", package)  # follows the links
+    monkeypatch.setattr(compat, "__file__", str(package / "compat.py"))
+    return package
+
+
+SHAPING = ["compat.py", "structures/block.py", "passes/cancel_inverse.py", "kernels/block.py", "ops.py"]
+
+
+@pytest.mark.parametrize("name", [*SHAPING, "export/onnx.py"])
+def test_an_edit_of_any_source_changes_the_digest(copied: Path, name: str) -> None:
+    before = compat.source_digest("x")
+    assert before == compat.source_digest("x")
+    source = copied / name
+    text = source.read_text("utf-8")
+    source.write_text(text + "# edited\n", "utf-8")
+    assert compat.source_digest("x") != before
+    source.write_text(text, "utf-8")
+    assert compat.source_digest("x") == before
+
+
+def test_a_new_a_lost_and_a_renamed_source_change_the_digest(copied: Path) -> None:
+    digests = {compat.source_digest("x")}
+    (copied / "passes" / "new.py").write_text("", "utf-8")
+    digests.add(compat.source_digest("x"))
+    (copied / "passes" / "new.py").rename(copied / "passes" / "newer.py")
+    digests.add(compat.source_digest("x"))
+    (copied / "kernels" / "fan_in.py").unlink()
+    digests.add(compat.source_digest("x"))
+    assert len(digests) == 4
+
+
+def test_what_is_handed_in_and_torchs_version_are_in_the_digest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = compat.source_digest("x")
+    assert compat.source_digest("y") != before
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert compat.source_digest("x") != before
+
+
+def test_the_digest_reads_the_real_folders() -> None:
+    """Were the links missing, three folders of sources would silently be left out of the key."""
+    root = Path(compat.__file__).resolve().parent
+    for name in SHAPING:
+        assert (root / name).is_file()
