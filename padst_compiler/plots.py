@@ -46,20 +46,20 @@ def demo_picture(runs: Sequence[Run], path: Path) -> Path:
 def readme_picture(
     layer: SparseLayer, before: Sequence[str], after: Sequence[str], path: Path
 ) -> Path:
-    """Draw a sparse layer with its permutation, and its graph before and after compilation.
+    """Draw a sparse layer with its permutation, and its graph before and after folding.
 
     Args:
         layer: hardened, with a permutation.
         before: the captured graph's operations, in order.
-        after: the compiled graph's.
+        after: the folded graph's.
         path: the picture, ``.png`` or ``.svg``.
     """
-    figure, axes = _figure(1, 4, (15, 4.2))
+    figure, axes = _figure(1, 4, (15, 3.6))
     assert layer.permutation is not None
     _mask(axes[0][0], layer, "S: structured sparse")
     _matrix(axes[0][1], layer.permutation.matrix().detach(), "Π: learned, then hard")
     _listing(axes[0][2], "captured", before)
-    _listing(axes[0][3], "compiled", after)
+    _listing(axes[0][3], "folded", after)
     return _save(figure, path)
 
 
@@ -137,10 +137,10 @@ def _listing(axis: Any, title: str, lines: Sequence[str]) -> None:
         moves = "permute" in line or "index_select" in line
         axis.text(
             0.02,
-            0.94 - position * 0.095,
+            0.9 - position * 0.13,
             line,
             family="monospace",
-            fontsize=9,
+            fontsize=12,
             color=RUST if moves else INK,
             transform=axis.transAxes,
             va="top",

@@ -57,7 +57,7 @@ class Schedule:
         update_every: steps between two updates of the masks.
         drop_fraction: share of units dropped by an update at step 0; 0 keeps the masks for ever.
         end: share of ``total_steps`` after which masks stay.
-        penalty_weight: lambda at the end of the ramp.
+        penalty_weight: lambda at the end of the ramp; see ``DynamicSparsity.penalty``.
         harden_every: steps between two looks at the gaps.
 
     Raises:
@@ -73,7 +73,7 @@ class Schedule:
     update_every: int = 100
     drop_fraction: float = 0.3
     end: float = 0.75
-    penalty_weight: float = 0.3
+    penalty_weight: float = 3.0
     harden_every: int = 100
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Schedule:
             0.0 <= self.penalty_weight < math.inf,
             "a finite penalty_weight of at least 0",
             self.penalty_weight,
-            "Use 0.3, or 0 for no penalty.",
+            "Use 3.0, or 0 for no penalty.",
         )
 
     @property

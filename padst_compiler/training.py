@@ -88,7 +88,7 @@ class DynamicSparsity:
         update_every: int = 100,
         drop_fraction: float = 0.3,
         end: float = 0.75,
-        penalty_weight: float = 0.3,
+        penalty_weight: float = 3.0,
         harden_every: int | None = None,
         keep_state: bool = False,
         seed: int = 0,
