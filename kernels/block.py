@@ -22,7 +22,7 @@ def token_major(
 ) -> Tensor:
     """Return ``x S^T + bias``: gather blocks of tokens, one bmm."""
     y = Block(values.shape[-1]).linear(x, values, indices, out_features)
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).contiguous()
 
 
 def feature_major(
@@ -37,17 +37,17 @@ def feature_major(
         values.reshape(rows, kept * b, b).transpose(1, 2), gathered.reshape(rows, kept * b, -1)
     )
     y = y.reshape(out_features, -1).t().reshape(*x.shape[:-1], out_features)
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).contiguous()
 
 
 def scatter_dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
     """Return ``grad S``: one bmm, then every block adds to its block column."""
-    return Block(values.shape[-1]).linear_dx(grad, values, indices, in_features)
+    return Block(values.shape[-1]).linear_dx(grad, values, indices, in_features).contiguous()
 
 
 def block_dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Return the gradient of the kept blocks: one bmm over tokens."""
-    return Block(grad.shape[-1] // indices.shape[0]).linear_dw(grad, x, indices)
+    return Block(grad.shape[-1] // indices.shape[0]).linear_dw(grad, x, indices).contiguous()
 
 
 def _batched(g: Geometry, copies: float) -> float | None:

@@ -30,7 +30,7 @@ def dense(kind: type[Structure]) -> tuple[Formulation, Formulation, Formulation]
 
     def dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         shape = Shape(grad.shape[-1], x.shape[-1])
-        full = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        full = grad.reshape(-1, shape.out_features).t() @ x.reshape(-1, shape.in_features)
         return kind.of_storage(indices, shape).pack(full, indices).contiguous()
 
     return (

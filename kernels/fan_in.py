@@ -35,7 +35,7 @@ def bag(x: Tensor, values: Tensor, inputs: Tensor, bias: Tensor | None) -> Tenso
         values.reshape(-1),
     )[0]
     y = y.t().reshape(*x.shape[:-1], inputs.shape[0])
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).contiguous()
 
 
 def fan_in_bag(

@@ -1,17 +1,30 @@
-"""From sparse layers back to dense ones, with the same outputs."""
+"""From a sparse layer back to a dense one, and to and from the description that a file holds."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from padst_compiler.layers import SparseLayer
+from padst_compiler.config import SparseConfig, describe, parse_structure
+from padst_compiler.index_map import IndexMap
+from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
+from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.sites import Site
+from padst_compiler.structures import Shape, Structure
 
-__all__ = ["to_dense"]
+__all__ = ["from_description", "require", "to_dense", "to_description", "unchanged_on_error"]
 
 _OWN = ("structure", "shape", "side", "dense_type", "config")
+_KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
+    "linear": SparseLinear,
+    "conv1d": SparseConv1D,
+    "conv1x1": SparsePointwiseConv,
+}
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -29,7 +42,8 @@ def to_dense(model: nn.Module) -> nn.Module:
         >>> to_dense(model)[0]
         Linear(in_features=64, out_features=64, bias=True)
     """
-    plain = copy.deepcopy(model)
+    recorders = {id(m.recorder): None for m in model.modules() if isinstance(m, SparseLayer)}
+    plain = copy.deepcopy(model, dict(recorders))  # a recorder holds on to its layer: none is made
     for module in list(plain.modules()):
         if isinstance(module, SparseLayer):
             _restore(module)
@@ -39,12 +53,4 @@ def to_dense(model: nn.Module) -> nn.Module:
 def _restore(layer: SparseLayer) -> None:
     with torch.no_grad():
         weight = layer.weight.to(layer.values.dtype).contiguous()
-    trainable, bias = layer.values.requires_grad, layer._parameters.pop("bias", None)
-    for name in ("values", "indices", "permutation", "recorder"):
-        delattr(layer, name)
-    dense_type = layer.dense_type
-    for name in _OWN:
-        layer.__dict__.pop(name, None)
-    layer.__class__ = dense_type  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, trainable))
-    layer._parameters["bias"] = bias  # after the weight, as in a dense layer
+    trainable, dense_type = layer.values.requires_grad, layer.dense_type

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from padst_compiler.rewrite import ATEN, Facts
 
@@ -55,6 +56,7 @@ def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
     graph = graph_module.graph
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     early = {n for n in graph.nodes if n.op == "call_function" and facts.is_frozen(n)}
+    _copy_results(graph, early)
     _return_views(graph, early)
     border = [n for n in graph.nodes if n in early and any(u not in early for u in n.users)]
     if not border:
@@ -75,6 +77,20 @@ def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
     graph.lint()
     main = fx.GraphModule(graph_module, graph)
     return Split(prologue, used, main, kept, [n.meta["val"] for n in border])
+
+
+def _copy_results(graph: fx.Graph, early: set[fx.Node]) -> None:
+    """Copy results that would share their numbers with the prologue's: a caller may write to them."""
+    end = graph.output_node()
+    for result in end.all_input_nodes:
+        source: Any = result
+        while source.target in _VIEWS and source not in early:
+            source = source.args[0]
+        if source in early:
+            with graph.inserting_before(end):
+                copied = graph.call_function(ATEN.clone.default, (result,))
+            copied.meta["val"] = result.meta["val"]
+            end.replace_input_with(result, copied)
 
 
 def _return_views(graph: fx.Graph, early: set[fx.Node]) -> None:
@@ -109,7 +125,11 @@ def _first_non_placeholder(graph: fx.Graph) -> fx.Node:
 
 
 class FrozenCall:
-    """A compiled main graph with its prologue's results, kept up to date."""
+    """A compiled main graph with its prologue's results, kept up to date.
+
+    Dynamo runs one compiled graph for every module of a class (the blocks of a transformer), so the
+    results are kept per module: by the identity of the first tensor that the prologue reads.
+    """
 
     def __init__(
         self,
@@ -119,7 +139,7 @@ class FrozenCall:
         watched: Sequence[int],
         arguments: Sequence[Any],
     ) -> None:
-        """Remember the state of the tensors that the graph was derived from.
+        """Remember the numbers that the graph was derived from.
 
         Args:
             parts: the split graph.
@@ -130,31 +150,45 @@ class FrozenCall:
         """
         self._parts, self._compiled, self._original = parts, compiled, original
         self._watched = list(watched)
-        self._shaped_by = _state(arguments, self._watched)
-        self._derived_from: tuple[int, ...] | None = None
-        self._derived: Sequence[Tensor] = ()
-        self._void = False
+        self._shaped_by = [arguments[i].detach().clone() for i in self._watched]
+        self._shape_seen = _state(arguments, self._watched)
+        self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._warned = False
 
     def __call__(self, *arguments: Any) -> Any:
         """Run on the original graph's inputs."""
-        if self._void or self._shaped_by != _state(arguments, self._watched):
+        if not self._shape_holds(arguments):
             return self._run_original(arguments)
         parts = self._parts
+        derived: Sequence[Tensor] = ()
         if parts.prologue is not None:
+            key = arguments[parts.prologue_inputs[0]]
             state = _state(arguments, parts.prologue_inputs)
-            if state != self._derived_from:
+            seen, derived = self._derived.get(key, (None, ()))
+            if seen != state:
                 with torch.no_grad():
-                    self._derived = parts.prologue(*(arguments[i] for i in parts.prologue_inputs))
-                self._derived_from = state
-        return self._compiled(*(arguments[i] for i in parts.main_inputs), *self._derived)
+                    derived = parts.prologue(*(arguments[i] for i in parts.prologue_inputs))
+                self._derived[key] = (state, derived)
+        return self._compiled(*(arguments[i] for i in parts.main_inputs), *derived)
+
+    def _shape_holds(self, arguments: Sequence[Any]) -> bool:
+        """Whether the permutations that shaped the graph still have the numbers that they had."""
+        state = _state(arguments, self._watched)
+        if state == self._shape_seen:
+            return True
+        now = (arguments[i] for i in self._watched)
+        if any(not torch.equal(a, b) for a, b in zip(now, self._shaped_by, strict=True)):
+            return False
+        self._shape_seen = state
+        return True
 
     def _run_original(self, arguments: Sequence[Any]) -> Any:
-        if not self._void:
-            self._void = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 "A permutation that was folded at compile time has changed (a new state_dict?). "
-                "The unfolded graph runs from now on: right, but slower. Call torch.compile "
-                "again on the model after torch.compiler.reset().",
+                "The unfolded graph runs for it: right, but slower. Call torch.compile again on "
+                "the model after torch.compiler.reset().",
                 stacklevel=3,
             )
         return self._original(*arguments)

@@ -45,8 +45,9 @@ class Hardening:
         >>> soft = SinkhornPermutation(8, torch.Generator().manual_seed(0))
         >>> layer = SparseLinear.adopt(torch.nn.Linear(8, 2), NM(m=4), start, soft, "input")
         >>> hardening = Hardening({"fc": layer}, torch.optim.SGD(layer.parameters()))
-        >>> round(hardening.look("fc").gap, 1), hardening.settle("fc")
-        (0.6, False)
+        >>> gap = hardening.look("fc").gap
+        >>> hardening.settle("fc", gap), hardening.soft
+        (False, ['fc'])
     """
 
     def __init__(self, layers: dict[str, SparseLayer], optimizer: Optimizer) -> None:
@@ -83,11 +84,11 @@ class Hardening:
         matrix = soft.soft()
         return Look(gaps(matrix).max().item(), penalty(matrix).item() / (2 * soft.size))
 
-    def settle(self, name: str) -> bool:
-        """Apply the rule to one soft permutation; return whether it hardened."""
+    def settle(self, name: str, gap: float) -> bool:
+        """Show the rule the gap of one soft permutation; return whether it hardened."""
         soft = self._layers[name].soft_permutation
         assert soft is not None
-        if not self._rules[name].ready(self.look(name).gap, lambda: soft.harden().perm):
+        if not self._rules[name].ready(gap, lambda: soft.harden().perm):
             return False
         self.harden(name)
         return True

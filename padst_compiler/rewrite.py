@@ -55,6 +55,7 @@ class Facts:
         names: placeholders with the module that owns them.
         table: decompositions that the graph has seen, and inserted nodes must see too.
         read: the frozen placeholders whose numbers a pass relied on: a change voids the graph.
+            What a pass did not do because of numbers stays right for any, and is not noted.
     """
 
     frozen: Mapping[fx.Node, Tensor] = field(default_factory=dict)
@@ -83,14 +84,23 @@ class Facts:
         return True
 
     def map_of(self, node: fx.Node) -> IndexMap | None:
-        """Return the permutation that ``node`` holds where its numbers are known."""
+        """Return the permutation that ``node`` holds where its numbers are known.
+
+        A pass that fires because of them must say so with ``rely_on``.
+        """
         if not self.is_frozen(node):
             return None
         return IndexMap.of(self._value(node))
 
-    def _value(self, node: fx.Node) -> Tensor:
+    def rely_on(self, node: fx.Node) -> None:
+        """Note that the graph is right only for the present numbers of ``node``."""
         if node.op == "placeholder":
             self.read.add(node)
+        for source in node.all_input_nodes:
+            self.rely_on(source)
+
+    def _value(self, node: fx.Node) -> Tensor:
+        if node.op == "placeholder":
             return self.frozen[node].detach().cpu()
         assert callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)

@@ -204,8 +204,8 @@ class DynamicSparsity:
             return
         churn = self._move(name, layer) if update else 0.0
         gap, penalty = self._hardening.look(name) if soft else (None, None)
-        due = soft and self.schedule.checks_at(self.step_count)
-        hardened = due and self._hardening.settle(name)
+        due = self.schedule.checks_at(self.step_count)
+        hardened = gap is not None and due and self._hardening.settle(name, gap)
         self.history.append(
             Event(
                 step=self.step_count,

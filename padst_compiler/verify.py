@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from padst_compiler.compat import size_hint
 
 __all__ = ["MismatchError", "compare"]
 
@@ -38,25 +41,45 @@ def compare(
     reason = _reason_against(captured)
     if reason is not None:
         return f"not verified: {reason}"
+    one, two = _feed(arguments, frozen), _feed(arguments, frozen)
     try:
         with torch.no_grad():  # each graph gets tensors of its own: it may write to them
-            expected = captured(*_feed(arguments, frozen))
-            result = folded(*_feed(arguments, frozen))
+            expected = _tensors((_widened(captured)(*one), one))
+            result = _tensors((_widened(folded)(*two), two))
     except RuntimeError as error:  # an operator without float64, or one that insists on a dtype
         return f"not verified: float64 does not run through this graph ({str(error)[:120]})"
     worst = 0.0
-    pairs = zip(_tensors(expected), _tensors(result), strict=True)
-    for one, two in pairs:
-        if one.numel() == 0 or not one.is_floating_point():
-            continue
-        scale = max(float(one.abs().max()), 1e-30)
-        worst = max(worst, float((one - two).abs().max()) / scale)
+    if len(expected) != len(result):
+        raise _mismatch(f"{len(result)} results for {len(expected)}")
+    for left, right in zip(expected, result, strict=True):
+        worst = max(worst, _difference(left, right))
     if not worst < 1e-9:
-        raise MismatchError(
-            "Expected the folded graph to equal the captured one in float64. Got a relative "
-            f"difference of {worst:.1e}. Compile with options={{'fold': 'off'}} and report it."
-        )
+        raise _mismatch(f"a relative difference of {worst:.1e}")
     return f"verified in float64: relative difference {worst:.0e}"
+
+
+def _mismatch(what: str) -> MismatchError:
+    return MismatchError(
+        f"Expected the folded graph to equal the captured one in float64. Got {what}. "
+        "Compile with options={'fold': 'off'} and report the model."
+    )
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    """Return the largest difference relative to the largest finite number; inf where incomparable."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return float("inf")
+    if not (left.is_floating_point() or left.is_complex()):
+        return 0.0 if torch.equal(left, right) else float("inf")
+    finite = left.isfinite()
+    if not torch.equal(finite, right.isfinite()):
+        return float("inf")
+    if not torch.equal(left[~finite].nan_to_num(nan=0.5), right[~finite].nan_to_num(nan=0.5)):
+        return float("inf")
+    left, right = left[finite], right[finite]
+    if left.numel() == 0:
+        return 0.0
+    return float((left - right).abs().max()) / max(float(left.abs().max()), 1e-30)
 
 
 def _reason_against(captured: fx.GraphModule) -> str | None:
@@ -69,8 +92,22 @@ def _reason_against(captured: fx.GraphModule) -> str | None:
         if isinstance(value, Tensor) and node.op == "call_function":
             if value.device.type != "cpu":
                 return "the graph does not run on the CPU"
-            numbers += int(value.numel())
+            numbers += size_hint(value.numel())
     return f"the graph computes {numbers} numbers, over {LIMIT}" if numbers > LIMIT else None
+
+
+def _widened(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose casts to a floating type cast to float64: no rounding on the way."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    for node in graph.nodes:
+        node.args = tree_map_only(torch.dtype, _wide, node.args)
+        node.kwargs = tree_map_only(torch.dtype, _wide, node.kwargs)
+    return fx.GraphModule(graph_module, graph)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _feed(arguments: Sequence[Any], frozen: set[int]) -> list[Any]:
@@ -80,7 +117,7 @@ def _feed(arguments: Sequence[Any], frozen: set[int]) -> list[Any]:
 
 def _widen(argument: Any, keep: bool, generator: torch.Generator) -> Any:
     if not isinstance(argument, Tensor):
-        return int(argument) if isinstance(argument, torch.SymInt) else argument
+        return size_hint(argument) if isinstance(argument, torch.SymInt) else argument
     if not argument.is_floating_point():
         return argument.detach().clone()
     if keep:

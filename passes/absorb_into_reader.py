@@ -47,11 +47,11 @@ class AbsorbIntoReader:
             chain = _chain_to_permute(reader.args[position])
             if chain is None:
                 continue
-            permute = chain[0]
+            permute, label = chain[0], _label(reader, facts)
             refusal = self._absorb(graph, reader, permute, facts)
             if refusal is None:
                 reader.update_arg(position, _replay(graph, reader, chain))
-                fired.append(Rule(facts.owner(permute), f"columns of {_label(reader, facts)}"))
+                fired.append(Rule(facts.owner(permute), f"columns of {label}"))
             else:
                 left.append(Refusal(facts.owner(permute), refusal))
         return Report(self.name, tuple(fired), tuple(left))
@@ -78,19 +78,19 @@ class AbsorbIntoReader:
 
 
 def _absorb_structured(graph: fx.Graph, reader: fx.Node, perm: fx.Node, facts: Facts) -> str | None:
-    x, values, indices, _, out_features = reader.args
+    x, values, indices = reader.args[:3]
     assert isinstance(values, fx.Node) and isinstance(indices, fx.Node)
-    assert isinstance(out_features, int)
     assert isinstance(reader.target, torch._ops.OpOverload)
     if not (facts.is_frozen(values) and facts.is_frozen(indices)):
         return "the reader's weight is not frozen"
     width = (shape_of(x) or (0,))[-1]
-    shape = Shape(out_features, int(width))
+    shape = Shape(int((shape_of(reader) or (0,))[-1]), int(width))
     structure = STRUCTURE_OF[reader.target].of_storage(indices.meta["val"], shape)
     if "input" not in structure.vacuous_sides:
         known = facts.map_of(perm)
         if known is None or not structure.absorbs_columns(known, shape):
             return f"the map lies outside what the columns of {structure.name} absorb"
+        facts.rely_on(perm)
     reader.args = (
         x,
         *inline(

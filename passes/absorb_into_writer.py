@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -51,11 +52,13 @@ class AbsorbIntoWriter:
             if refusal is not None:
                 left.append(Refusal(facts.owner(permute), refusal))
                 continue
+            fired.append(Rule(facts.owner(permute), f"rows of {', '.join(proof.writers)}"))
+            if proof.relies_on_numbers:
+                facts.rely_on(perm)
             for edit in proof.edits:
                 edit()
             permute.replace_all_uses_with(x)
             graph.erase_node(permute)
-            fired.append(Rule(facts.owner(permute), f"rows of {', '.join(proof.writers)}"))
         return Report(self.name, tuple(fired), tuple(left))
 
 
@@ -70,6 +73,7 @@ class _Proof:
     region: set[fx.Node] = field(default_factory=set)
     edits: list[Callable[[], None]] = field(default_factory=list)
     writers: list[str] = field(default_factory=list)
+    relies_on_numbers: bool = False
 
     def move(self, node: fx.Node) -> str | None:
         """Prove that ``node`` can be computed in permuted order; return why not."""
@@ -149,17 +153,17 @@ class _Proof:
     def _structured(self, node: fx.Node) -> str | None:
         x, values, indices, bias, out_features = node.args
         assert isinstance(values, fx.Node) and isinstance(indices, fx.Node)
-        assert isinstance(out_features, int)
         assert isinstance(node.target, torch._ops.OpOverload)
         weights = [values, indices] if bias is None else [values, indices, bias]
         if not all(self.facts.is_frozen(w) for w in weights):
             return "the writer's weight is not frozen"
-        shape = Shape(out_features, int((shape_of(x) or (0,))[-1]))
+        shape = Shape(int(_last(node)), int((shape_of(x) or (0,))[-1]))
         structure = STRUCTURE_OF[node.target].of_storage(indices.meta["val"], shape)
         if "output" not in structure.vacuous_sides:
             known = self.facts.map_of(self.perm)
             if known is None or not structure.absorbs_rows(known, shape):
                 return f"the map lies outside what the rows of {structure.name} absorb"
+            self.relies_on_numbers = True
 
         def edit() -> None:
             values2, indices2 = inline(
@@ -191,7 +195,7 @@ def _same_last_axis(node: fx.Node, operand: object) -> bool:
     return isinstance(after[-1], int) and after[-1] == before[-1]
 
 
-def _last(node: fx.Node) -> object:
+def _last(node: fx.Node) -> Any:
     shape = shape_of(node)
     return shape[-1] if shape else None
 

@@ -64,4 +64,8 @@ def _is_identity_pair(first: fx.Node, second: fx.Node, facts: Facts) -> bool:
     if not (facts.is_frozen(first) and facts.is_frozen(second)):
         return False
     one, two = facts.map_of(first), facts.map_of(second)
-    return one is not None and two is not None and one.then(two).is_identity
+    if one is None or two is None or not one.then(two).is_identity:
+        return False
+    facts.rely_on(first)
+    facts.rely_on(second)
+    return True

@@ -50,8 +50,7 @@ class ChooseFormulation:
             choice, why = self._choose(self.candidates[node.target], geometry)
             site = facts.owner(_indices(node))
             fired.append(Rule(site, f"{choice.name}: {why}"))
-            arguments = [a for a in node.args if a is None or isinstance(a, fx.Node | int)]
-            assert len(arguments) == len(node.args)
+            arguments = [_constant(argument) for argument in node.args]
             node.replace_all_uses_with(inline(graph, node, choice.run, arguments, facts.table))
             graph.erase_node(node)
         return Report(self.name, tuple(fired))
@@ -107,6 +106,15 @@ def _indices(node: fx.Node) -> fx.Node:
     return indices
 
 
+def _constant(argument: object) -> fx.Node | int | None:
+    """Return an operator's argument; a width that was traced as a symbol, as its number."""
+    if isinstance(argument, fx.Node) and isinstance(argument.meta["val"], torch.Tensor):
+        return argument
+    return None if argument is None else _integer(argument)
+
+
 def _integer(value: object) -> int:
-    assert isinstance(value, int)
-    return value
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    assert isinstance(value, int | torch.SymInt)
+    return int(value)  # widths are those of weights, so a symbol has one value only

@@ -37,6 +37,7 @@ class DropIdentity:
                 left.append(Refusal(facts.owner(node), "the map is not known at compile time"))
             elif known.is_identity:
                 fired.append(Rule(facts.owner(node), "an identity map vanishes"))
+                facts.rely_on(perm)
                 node.replace_all_uses_with(x)
                 graph.erase_node(node)
         return Report(self.name, tuple(fired), tuple(left))

@@ -29,7 +29,7 @@ from padst_compiler.structures import (
 
 Place = tuple[int, int]
 
-# -- one entry per structure: a sample that tiles every test shape, and where its weights lie --------
+# -- one entry per structure: a sample that tiles every test shape, and where its weights lie ------
 
 SAMPLES: dict[type[Structure], list[Structure]] = {
     Block: [Block(4), Block(2), Block(8)],
@@ -113,7 +113,7 @@ def test_every_registered_structure_is_tested() -> None:
     assert list(SAMPLES) == list(STRUCTURES), "Expected a sample per structure. Add it to SAMPLES."
 
 
-# -- the layer equals the float64 product with the effective weight -----------------------------------
+# -- the layer equals the float64 product with the effective weight --------------------------------
 
 
 def permutation_of(state: str, size: int, generator: torch.Generator) -> Permutation | None:
@@ -226,12 +226,13 @@ def test_select_keeps_exactly_the_best_units_of_each_group(
 
 @Shapes
 @Every
-def test_kept_is_the_nearest_number_of_units(structure: Structure, shape: Shape) -> None:
+def test_kept_is_within_one_unit_of_what_was_asked(structure: Structure, shape: Shape) -> None:
     candidates = structure.table(shape)[1]
-    fixed = next((structure.kept(shape, s) for s in [0.1] if structure.kept(shape, 0.9) > 1), None)
+    own = getattr(structure, "n", None) or getattr(structure, "k", None)
     for percent in range(0, 100, 7):
-        kept, wanted = structure.kept(shape, percent / 100), (1 - percent / 100) * candidates
-        assert kept == fixed or abs(kept - wanted) <= 0.5 or kept == 1
+        asked = (1 - percent / 100) * candidates
+        kept = structure.kept(shape, percent / 100)
+        assert abs(kept - asked) < 1 if own is None else kept == own  # its own size wins
 
 
 @Shapes
@@ -296,22 +297,25 @@ def test_a_refusal_is_a_sentence_with_a_cure_and_none_where_it_tiles(structure: 
     assert all(structure.refusal(shape) is None for shape in SHAPES)
 
 
-# -- symmetry, against every mask of the family and every permutation ---------------------------------
+# -- symmetry, against every mask of the family and every permutation ------------------------------
 
 # (structure, shape, units kept): small enough to write the whole family down.
 FAMILIES: list[tuple[Structure, Shape, int]] = [
     (Block(2), Shape(4, 6), 1),
     (Block(2), Shape(4, 6), 2),
     (Block(3), Shape(6, 6), 1),
+    (Block(2), Shape(4, 4), 2),
     (Block(1), Shape(2, 5), 2),
     (NM(2), Shape(2, 6), 1),
     (NM(3), Shape(2, 6), 1),
     (NM(3), Shape(2, 6), 2),
     (NM(5), Shape(2, 5), 2),
     (NM(2), Shape(4, 2), 1),
+    (NM(2), Shape(2, 4), 2),
     (Diagonal(), Shape(5, 5), 1),
     (Diagonal(), Shape(6, 6), 2),
     (Diagonal(), Shape(6, 6), 4),
+    (Diagonal(), Shape(4, 4), 4),
     (Diagonal(), Shape(4, 6), 2),
     (Diagonal(), Shape(6, 4), 2),
     (Diagonal(), Shape(1, 5), 2),
@@ -325,11 +329,23 @@ Families = pytest.mark.parametrize(
     ("structure", "shape", "kept"), FAMILIES, ids=[f"{s}-{n}-{k}" for s, n, k in FAMILIES]
 )
 
-# absorbs_* says False although the family is preserved. Sound, but a map stays that costs nothing.
-# None: on every permutation of that side; else the permutations themselves.
-IDENTITY = {"columns": [[0, 1, 2, 3]], "rows": [[0, 1, 2, 3]]}
-CONSERVATIVE: dict[tuple[str, str, int, str], list[list[int]] | None] = {
-    ("Block(size=1)", "2x5", 2, "columns"): [],
+# How many permutations the family absorbs although ``absorbs_*`` says no. Sound, but each leaves a
+# map that could have cost nothing.
+CONSERVATIVE = {
+    # The identity on the side around which no diagonal wraps (a pass drops identities anyway).
+    ("Diagonal()-4x6-2", "rows"): 1,
+    ("Diagonal()-6x4-2", "columns"): 1,
+    # One row or one column: a diagonal is one weight, so every permutation is absorbed.
+    ("Diagonal()-1x5-2", "columns"): 115,
+    ("Diagonal()-1x5-2", "rows"): 1,
+    ("Diagonal()-5x1-2", "rows"): 115,
+    ("Diagonal()-5x1-2", "columns"): 1,
+    # All units are kept: there is one mask, the full one. ``absorbs_*`` does not know k.
+    ("Block(size=2)-4x4-2", "rows"): 16,
+    ("Block(size=2)-4x4-2", "columns"): 16,
+    ("NM(m=2, n=None)-2x4-2", "columns"): 16,
+    ("Diagonal()-4x4-4", "rows"): 20,
+    ("Diagonal()-4x4-4", "columns"): 20,
 }
 
 
@@ -357,13 +373,82 @@ def test_absorbs_is_true_only_where_the_whole_family_is_preserved(
     masks = torch.stack([mask_of(structure, one, shape) for one in family(structure, shape, kept)])
     absorbs: Callable[[IndexMap, Shape], bool] = getattr(structure, f"absorbs_{side}")
     size = shape.out_features if side == "rows" else shape.in_features
-    left = []
+    conservative = 0
     for order in permutations(range(size)):
         index_map = IndexMap.of(list(order))
         moved = index_map.perm if side == "rows" else index_map.inverse.perm
-        free = preserved(masks, side, moved)
-        said = absorbs(index_map, shape)
-        assert free or not said, f"{structure} cannot absorb {order} on {side}"
-        if free and not said:
-            left.append(list(order))
-    print(structure, shape, kept, side, len(left), left[:4])
+        free, said = preserved(masks, side, moved), absorbs(index_map, shape)
+        assert free or not said, f"{structure} does not absorb {order} on the {side}"
+        conservative += free and not said
+    assert conservative == CONSERVATIVE.get((f"{structure}-{shape}-{kept}", side), 0)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@Families
+def test_folding_gives_the_product_with_every_absorbed_map(
+    structure: Structure, shape: Shape, kept: int, side: str
+) -> None:
+    dense = torch.randn(shape.out_features, shape.in_features)
+    indices = structure.select(dense, kept)
+    values = structure.pack(dense, indices)
+    weight = dense_of(structure, values, indices, shape)
+    absorbs: Callable[[IndexMap, Shape], bool] = getattr(structure, f"absorbs_{side}")
+    fold: Callable[..., tuple[Tensor, Tensor]] = getattr(structure, f"fold_{side}")
+    size = shape.out_features if side == "rows" else shape.in_features
+    for order in permutations(range(size)):
+        index_map = IndexMap.of(list(order))
+        if not absorbs(index_map, shape):
+            continue
+        new_values, new_indices = fold(values, indices, index_map.perm, shape)
+        wanted = weight[index_map.perm] if side == "rows" else weight[:, index_map.inverse.perm]
+        assert torch.equal(dense_of(structure, new_values, new_indices, shape), wanted)
+        assert (new_values.shape, new_values.dtype) == (values.shape, values.dtype)
+        assert (new_indices.shape, new_indices.dtype) == (indices.shape, indices.dtype)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@Every
+def test_a_map_of_another_width_is_never_absorbed(structure: Structure, side: str) -> None:
+    absorbs: Callable[[IndexMap, Shape], bool] = getattr(structure, f"absorbs_{side}")
+    assert not absorbs(IndexMap.of(list(range(40))), Shape(16, 24))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@Every
+def test_a_vacuous_side_absorbs_everything(structure: Structure, side: str) -> None:
+    shape = SHAPES[0]
+    absorbs = structure.absorbs_columns if side == "input" else structure.absorbs_rows
+    shuffles = [IndexMap.of(torch.randperm(16)) for _ in range(20)]
+    assert (side in structure.vacuous_sides) == all(absorbs(one, shape) for one in shuffles)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def trained_bytes(module: nn.Module, x: Tensor) -> int:
+    """Return the bytes of parameters, gradients and Adam's state after one real step."""
+    optimizer = torch.optim.Adam(module.parameters())
+    module(x).square().mean().backward()
+    optimizer.step()
+    tensors: list[Any] = [*module.parameters(), *(p.grad for p in module.parameters())]
+    tensors += [t for state in optimizer.state.values() for t in state.values()]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@Kinds
+def test_training_takes_at_most_15_percent_of_the_dense_bytes_at_90_percent_sparsity(
+    kind: type[Structure], record_property: Callable[[str, object], None]
+) -> None:
+    shape, x = Shape(768, 3072), torch.randn(2, 3072)
+    dense = trained_bytes(nn.Linear(3072, 768), x)
+    layer = layer_of(kind(), shape, sparsity=0.9)
+    sparse = trained_bytes(layer, x)
+    indices = layer.indices.untyped_storage().nbytes()
+    shares = [round(part / dense, 4) for part in (sparse, indices, sparse + indices)]
+    for name, share in zip(("trained", "indices", "both"), shares, strict=True):
+        record_property(f"{name}_share_of_dense", share)
+    said = f"{kind.name}: trained, indices and both take {shares} of {dense} dense bytes"
+    assert sparse <= 0.15 * dense, said
+    assert sparse + indices <= 0.16 * dense, said  # nm keeps 2 of 16, not 10 %
+    assert layer.values.dtype is torch.float32 and layer.indices.dtype is torch.int32
+    assert indices <= layer.values.untyped_storage().nbytes()

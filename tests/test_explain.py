@@ -154,7 +154,7 @@ def test_asking_changes_nothing() -> None:
 
 
 def test_unknown_options_and_wrong_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="Expected an option of .*Got 'fould'"):
+    with pytest.raises(ValueError, match=r"Expected an option of .*Got 'fould'"):
         explain(Mlp(FanIn()), X, options={"fould": "off"})
     with pytest.raises(ValueError, match="Got meta"):
         explain(Mlp(FanIn()), X.to("meta"))

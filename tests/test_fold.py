@@ -189,7 +189,10 @@ def test_passes_are_values_and_their_text_names_them_for_the_cache() -> None:
 def test_a_site_that_was_chosen_dense_absorbs_what_its_structure_could_not() -> None:
     block, shape = Block(4), Shape(8, 8)
     indices = block.select(torch.randn(8, 8), 1)
-    given = {"v": torch.randn(*indices.shape, *block.unit(shape)), "i": indices}
+    given: dict[str, Any] = {
+        "v": torch.randn(*indices.shape, *block.unit(shape)),
+        "i": indices,
+    }
     table = torch.tensor([7, 1, 2, 3, 4, 5, 6, 0])  # no map of blocks
 
     def run(x: Tensor, p: Tensor, v: Tensor, i: Tensor) -> Any:

@@ -74,7 +74,9 @@ def test_nothing_frozen_nothing_split() -> None:
 NETS: dict[str, Callable[..., Any]] = {
     "a view read early and late": lambda x, w, v: x @ w.t() + (w.t() * 2).sum(0),
     "a view of derived work": lambda x, w, v: (x @ w.exp().t(), w.exp().t().relu() * v.sum()),
-    "two results of one step": lambda x, w, v: x @ torch.sort(w, -1).values.t() + torch.sort(w, -1).indices.sum(),
+    "two results of one step": lambda x, w, v: (
+        x @ torch.sort(w, -1).values.t() + torch.sort(w, -1).indices.sum()
+    ),
     "derived from derived": lambda x, w, v: (x @ w.exp().t()) * w.exp().sum(-1),
     "derived from two": lambda x, w, v: x @ (w + v).t() + (w - v).exp().sum(),
     "a frozen result": lambda x, w, v: (x.exp(), w.exp(), v),
@@ -83,7 +85,9 @@ NETS: dict[str, Callable[..., Any]] = {
     "constants": lambda x, w, v: x @ (w * torch.arange(4)).t() + torch.arange(5),
     "an unused one": lambda x, w, v: x.exp(),
     "nothing to do": lambda x, w, v: (x, w),
-    "slices and selects": lambda x, w, v: x * w[0] + w[1:3].exp()[0] * v[..., None].expand(4, 3)[:, 0],
+    "slices and selects": lambda x, w, v: (
+        x * w[0] + w[1:3].exp()[0] * v[..., None].expand(4, 3)[:, 0]
+    ),
 }
 
 
@@ -161,7 +165,7 @@ WRITES: Mapping[str, Callable[[list[Tensor]], Any]] = {
     "a view": lambda t: t[1][1:].zero_(),
     "a detached alias": lambda t: t[1].detach().add_(1),
     "another tensor": lambda t: t.__setitem__(1, torch.ones(3, dtype=torch.float64)),
-    "set_": lambda t: t[1].set_(torch.ones(3, dtype=torch.float64)),
+    "set_": lambda t: t[1].set_(torch.ones(3, dtype=torch.float64).untyped_storage()),
     "data": lambda t: setattr(t[1], "data", torch.ones(3, dtype=torch.float64)),
 }
 

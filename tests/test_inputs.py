@@ -32,7 +32,9 @@ def test_inputs_become_arguments(given: Any, args: Any, kwargs: Any) -> None:
 
 
 def test_an_input_on_another_device_is_refused_with_both_names_and_the_cure() -> None:
-    with pytest.raises(ValueError, match=r"on cpu, where the model is\. Got meta\. .*\.to\('cpu'\)"):
+    with pytest.raises(
+        ValueError, match=r"on cpu, where the model is\. Got meta\. .*\.to\('cpu'\)"
+    ):
         bind(nn.Linear(3, 3), (X, X.to("meta")))
 
 

@@ -93,7 +93,7 @@ def test_the_dense_gradient_exists_in_slabs_only(
     recorder.arm()
     grad, x = torch.randn(4, 1024).double(), torch.randn(4, 512).double()
     seen = (recorder.candidates, recorder.gains, recorder.active)
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         recorder_module._observe(*seen, recorder.armed, grad, x, layer.indices, kind.name)
     # A slab, a column to spare, the kept units merged with it; of 2**19 weights.
     assert largest <= 2**15 + recorder.gains.numel() + layer.shape.out_features
@@ -106,7 +106,7 @@ def test_what_it_keeps_is_in_the_order_of_the_kept_units() -> None:
 
 
 def test_the_state_dict_and_the_parameters_stay_as_they_were() -> None:
-    layer, recorder = make(FanIn(), 8, 16)
+    layer, _ = make(FanIn(), 8, 16)
     names = set(layer.state_dict())
     assert names == {"values", "bias", "indices"}
     assert {name for name, _ in layer.named_parameters()} == {"values", "bias"}
@@ -169,6 +169,7 @@ def test_a_module_used_twice_records_both_uses(compiled: bool) -> None:
 
     weight = layer.weight.detach().requires_grad_()
     total = torch.zeros(64, 4)
+    assert layer.bias is not None
     first = x @ weight.t() + layer.bias
     second = torch.relu(first) @ weight.t() + layer.bias
     grads = torch.autograd.grad(second.square().sum(), [first, second])

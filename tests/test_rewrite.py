@@ -23,6 +23,7 @@ def placeholders(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def node(module: fx.GraphModule, target: Any) -> fx.Node:
+    found: fx.Node
     (found,) = module.graph.find_nodes(op="call_function", target=target)
     return found
 

@@ -37,7 +37,9 @@ def test_a_drop_fraction_of_zero_never_updates() -> None:
 
 def test_lambda_ramps_to_its_weight_at_the_end_of_updates_and_stays() -> None:
     schedule = Schedule(total_steps=1000, end=0.75, penalty_weight=0.4)
-    assert [schedule.penalty_at(t) for t in (0, 375, 750, 1000)] == pytest.approx([0, 0.2, 0.4, 0.4])
+    assert [schedule.penalty_at(t) for t in (0, 375, 750, 1000)] == pytest.approx(
+        [0, 0.2, 0.4, 0.4]
+    )
     assert linear_ramp(3, 6, 1.0) == 0.5
 
 

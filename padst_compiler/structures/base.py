@@ -154,7 +154,8 @@ class Structure(ABC):
 
     def linear_dw(self, grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         """Return the gradient of ``values`` from ``grad (..., o)`` and ``x (..., i)``."""
-        return self.pack(grad.flatten(0, -2).t() @ x.flatten(0, -2), indices)
+        full = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return self.pack(full, indices)
 
     # -- symmetry: the permutations that the family absorbs for free ----------------------------
 

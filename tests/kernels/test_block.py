@@ -112,9 +112,7 @@ ALL = [*block.LINEAR, *block.DX, *block.DW]
 @pytest.mark.parametrize("way", [*ALL, *block.PORTABLE], ids=lambda w: w.name)
 @pytest.mark.parametrize("tokens", [1, 8, 197, 8192])
 @pytest.mark.parametrize("size", [16, 32, 64, 96])
-def test_a_cost_is_positive_and_grows_with_tokens(
-    way: Formulation, tokens: int, size: int
-) -> None:
+def test_a_cost_is_positive_and_grows_with_tokens(way: Formulation, tokens: int, size: int) -> None:
     one = way.cost(geometry(structure=Block(size), tokens=tokens))
     two = way.cost(geometry(structure=Block(size), tokens=2 * tokens))
     assert one is not None
@@ -145,7 +143,8 @@ def test_small_blocks_are_not_offered_to_onnxruntime() -> None:
 
 def winner(candidates: Any, op: Any, g: Geometry) -> str:
     offers = [(c.cost(g), c.name) for c in candidates[op]]
-    return min((cost, name) for cost, name in offers if cost is not None)[1]
+    best: str = min((cost, name) for cost, name in offers if cost is not None)[1]
+    return best
 
 
 @pytest.mark.parametrize(

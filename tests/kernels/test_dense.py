@@ -8,8 +8,16 @@ from padst_compiler.formulation import Geometry
 from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
-from padst_compiler.structures import NM, STRUCTURES, Block, Diagonal, FanIn, Shape
-from padst_compiler.structures import Structure, Unstructured
+from padst_compiler.structures import (
+    NM,
+    STRUCTURES,
+    Block,
+    Diagonal,
+    FanIn,
+    Shape,
+    Structure,
+    Unstructured,
+)
 
 ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())
 SHAPES = [Shape(48, 16), Shape(16, 48), Shape(24, 24)]
@@ -115,8 +123,14 @@ def test_dense_comes_last_for_every_operator(candidates: Any) -> None:
 @Structures
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": torch.bfloat16}, {"device": "cuda"}, {"tokens": 1}, {"tokens": 8192}]
-    + [{"frozen": False}, {"shape": Shape(64, 64)}],
+    [
+        {"dtype": torch.bfloat16},
+        {"device": "cuda"},
+        {"tokens": 1},
+        {"tokens": 8192},
+        {"frozen": False},
+        {"shape": Shape(64, 64)},
+    ],
     ids=str,
 )
 def test_dense_always_applies(structure: Structure, change: dict[str, Any]) -> None:

@@ -60,9 +60,7 @@ def test_linear_equals_the_product_with_the_effective_weight(
 
 
 @Cases
-def test_a_strided_input_is_read_right(
-    structure: Structure, ways: tuple[Formulation, ...]
-) -> None:
+def test_a_strided_input_is_read_right(structure: Structure, ways: tuple[Formulation, ...]) -> None:
     shape = Shape(24, 24)
     dense = torch.randn(24, 24)
     indices = structure.select(dense, structure.kept(shape, 0.5))
@@ -86,7 +84,9 @@ def test_a_cost_is_positive_and_grows_with_tokens(
     structure: Structure, ways: tuple[Formulation, ...], tokens: int
 ) -> None:
     for way in ways:
-        costs = [way.cost(geometry(structure, Shape(768, 768), tokens=t)) for t in (tokens, 2 * tokens)]
+        costs = [
+            way.cost(geometry(structure, Shape(768, 768), tokens=t)) for t in (tokens, 2 * tokens)
+        ]
         assert costs[0] is not None
         assert costs[1] is not None
         assert 0 < costs[0] < costs[1]
@@ -95,8 +95,13 @@ def test_a_cost_is_positive_and_grows_with_tokens(
 @Cases
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "cuda"}, {"tokens": 7}]
-    + [{"frozen": False}],
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+        {"device": "cuda"},
+        {"tokens": 7},
+        {"frozen": False},
+    ],
     ids=str,
 )
 def test_there_is_no_cost_where_the_bag_does_not_apply(

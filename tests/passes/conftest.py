@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,9 @@ def rewritten(
         return function(*tensors[: len(inputs)], **named)
 
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
-    batch = StatelessSymbolicContext([DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (inputs[0].dim() - 1)])
+    batch: Any = StatelessSymbolicContext(
+        [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (inputs[0].dim() - 1)]
+    )
     fakes = [mode.from_tensor(t, static_shapes=not dynamic) for t in inputs]
     if dynamic:
         fakes = [mode.from_tensor(t, symbolic_context=batch) for t in inputs]

@@ -40,7 +40,10 @@ def whole_blocks(size: int, side: int) -> Tensor:
 
 def test_the_map_moves_through_an_activation_into_a_dense_writer(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(), lambda x, p, w, b: permute(F.gelu(F.linear(x, w, b)), p), x(3, I), **weights()
+        AbsorbIntoWriter(),
+        lambda x, p, w, b: permute(F.gelu(F.linear(x, w, b)), p),
+        x(3, I),
+        **weights(),
     )
     assert result.before == ["addmm", "gelu", "permute"]
     assert result.after == ["addmm", "gelu"]
@@ -130,9 +133,7 @@ def test_a_tied_weight_is_reordered_for_one_writer_only(rewrite: Rewrite) -> Non
     def run(x: Tensor, p: Tensor, w: Tensor, b: Tensor) -> Any:
         return F.linear(permute(F.linear(F.linear(x, w, b).relu(), w, b).relu(), p), w, b)
 
-    result = rewrite(
-        AbsorbIntoWriter(), run, x(3, I), p=torch.randperm(I), w=x(I, I), b=x(I)
-    )
+    result = rewrite(AbsorbIntoWriter(), run, x(3, I), p=torch.randperm(I), w=x(I, I), b=x(I))
     assert result.after == ["addmm", "relu", "addmm", "relu", "addmm"]
 
 
@@ -261,7 +262,10 @@ def test_a_map_outside_the_writers_symmetry_is_left(
         (lambda h: h.flip(-1), "flip"),
         (lambda h: h.cumsum(-1), "cumsum"),
         (lambda h: torch.cat([-h[:, 12:], h[:, :12]], dim=-1), "cat"),  # rotate-half
-        (lambda h: h.view(-1, 4, 6).transpose(1, 2).reshape(-1, O), "_unsafe_view"),  # channel shuffle
+        (
+            lambda h: h.view(-1, 4, 6).transpose(1, 2).reshape(-1, O),
+            "_unsafe_view",
+        ),  # channel shuffle
         (lambda h: h.view(-1, 4, 6).softmax(-1).view(-1, O), "view"),  # H * D
         (lambda h: h.t().contiguous().view(-1, O), "view"),
         (lambda h: F.pad(h, (1, -1)), "constant_pad_nd"),
@@ -327,9 +331,7 @@ def test_a_residual_from_the_input_stops_it(rewrite: Rewrite) -> None:
 
 @pytest.mark.parametrize("shape", [(I,), (3, I)])
 def test_a_permuted_input_is_left(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
-    result = rewrite(
-        AbsorbIntoWriter(), lambda x, p: permute(x, p), x(*shape), p=torch.randperm(I)
-    )
+    result = rewrite(AbsorbIntoWriter(), lambda x, p: permute(x, p), x(*shape), p=torch.randperm(I))
     assert result.after == ["permute"]
     assert result.left[0].startswith("it permutes a graph input (")
 
@@ -409,9 +411,7 @@ def test_a_map_that_is_not_frozen_is_left(rewrite: Rewrite) -> None:
 
 
 @pytest.mark.parametrize(("loose", "what"), [("w", "weight"), ("b", "bias")])
-def test_a_dense_writer_that_is_not_frozen_is_left(
-    rewrite: Rewrite, loose: str, what: str
-) -> None:
+def test_a_dense_writer_that_is_not_frozen_is_left(rewrite: Rewrite, loose: str, what: str) -> None:
     given = weights()
 
     def run(x: Tensor, loosened: Tensor, **rest: Tensor) -> Any:

@@ -21,7 +21,10 @@ def x(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
 def test_a_map_and_its_inverse_cancel(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
     result = rewrite(
-        CancelInverse(), lambda x, p: permute(permute(x, p), inverse(p)), x(*shape), p=torch.randperm(8)
+        CancelInverse(),
+        lambda x, p: permute(permute(x, p), inverse(p)),
+        x(*shape),
+        p=torch.randperm(8),
     )
     assert result.before == ["permute", "permute"]
     assert result.after == []
@@ -31,7 +34,10 @@ def test_a_map_and_its_inverse_cancel(rewrite: Rewrite, shape: tuple[int, ...]) 
 
 def test_the_inverse_may_come_first(rewrite: Rewrite) -> None:
     result = rewrite(
-        CancelInverse(), lambda x, p: permute(permute(x, inverse(p)), p), x(3, 8), p=torch.randperm(8)
+        CancelInverse(),
+        lambda x, p: permute(permute(x, inverse(p)), p),
+        x(3, 8),
+        p=torch.randperm(8),
     )
     assert result.after == []
 
@@ -47,7 +53,11 @@ def test_a_pair_cancels_though_no_number_is_known(rewrite: Rewrite) -> None:
 def test_frozen_maps_cancel_by_their_numbers(rewrite: Rewrite) -> None:
     table = torch.randperm(8)
     result = rewrite(
-        CancelInverse(), lambda x, p, q: permute(permute(x, p), q), x(3, 8), p=table, q=invert(table)
+        CancelInverse(),
+        lambda x, p, q: permute(permute(x, p), q),
+        x(3, 8),
+        p=table,
+        q=invert(table),
     )
     assert result.after == []
     assert result.fired == ["an inverse pair cancels"]
@@ -101,7 +111,7 @@ def test_what_a_cancelled_pair_leaves_behind_meets_the_next_map(rewrite: Rewrite
 
 
 def test_a_first_result_with_another_reader_is_left(rewrite: Rewrite) -> None:
-    def both(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def both(x: Tensor, p: Tensor, q: Tensor) -> Any:
         once = permute(x, p)
         return once.relu() + permute(once, q)
 
@@ -181,7 +191,7 @@ def test_any_chain_collapses_to_one_map_at_most(
 ) -> None:
     tables = {name: torch.randperm(6) for name in "abc"}
 
-    def run(x: Tensor, **maps: Tensor) -> Tensor:
+    def run(x: Tensor, **maps: Tensor) -> Any:
         for which, backwards in chain:
             table = maps["abc"[which]]
             x = permute(x, inverse(table) if backwards else table)

@@ -13,8 +13,16 @@ from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.rewrite import Facts
-from padst_compiler.structures import NM, STRUCTURES, Block, Diagonal, FanIn, Shape, Structure
-from padst_compiler.structures import Unstructured
+from padst_compiler.structures import (
+    NM,
+    STRUCTURES,
+    Block,
+    Diagonal,
+    FanIn,
+    Shape,
+    Structure,
+    Unstructured,
+)
 
 Rewrite = Callable[..., Any]
 ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())

@@ -76,6 +76,4 @@ def test_half_precision_is_moved_exactly(rewrite: Rewrite) -> None:
 
 def test_a_table_that_is_no_permutation_is_refused(rewrite: Rewrite) -> None:
     with pytest.raises(RuntimeError, match=r"Pass drop_identity failed.*Expected a permutation"):
-        rewrite(
-            DropIdentity(), lambda x, p: permute(x, p), x(3, 4), p=torch.tensor([0, 0, 1, 2])
-        )
+        rewrite(DropIdentity(), lambda x, p: permute(x, p), x(3, 4), p=torch.tensor([0, 0, 1, 2]))

@@ -26,8 +26,7 @@ def linear(x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 def layer() -> tuple[Tensor, Tensor, Tensor]:
     indices = FanIn().select(torch.rand(6, 8), FanIn().kept(Shape(6, 8), 0.5))
-    doubles = {"dtype": torch.float64}
-    return torch.randn(3, 8, **doubles), torch.randn(indices.shape, **doubles), indices
+    return torch.randn(3, 8).double(), torch.randn(indices.shape).double(), indices
 
 
 def test_the_recorders_identity_vanishes(rewrite: Rewrite) -> None:
