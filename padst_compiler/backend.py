@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from padst_compiler import compat, recorder
 from padst_compiler.export import FORMATS, ExportReport, FoldedModule
+from padst_compiler.flat import exported
 from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import FrozenCall, split
 from padst_compiler.inputs import bind
@@ -207,7 +208,7 @@ def export_onnx(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        function, fakes, examples, state = compat.exported(model, inputs, dynamic_batch)
+        function, fakes, examples, state = exported(model, inputs, dynamic_batch)
         passes = inference_passes(PORTABLE, prefer="auto", fold=True)
         folded = fold(function, fakes, examples, state, passes, verify=True)
         parts = split(folded.graph_module, folded.facts)

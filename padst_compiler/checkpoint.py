@@ -21,25 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padst_compiler.config import SparseConfig, describe, parse_structure
-from padst_compiler.index_map import IndexMap
-from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
-from padst_compiler.sites import Site, discover
-from padst_compiler.structures import Shape, Structure
+from padst_compiler.convert import from_description, to_description
+from padst_compiler.layers import SparseLayer
+from padst_compiler.sites import discover
 from padst_compiler.tensors import is_plain, storage_key
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
 FORMAT, VERSION = "padst_compiler", 1
 
-_KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
-    "linear": SparseLinear,
-    "conv1d": SparseConv1D,
-    "conv1x1": SparsePointwiseConv,
-}
-_REBUILD = "Build the same architecture."
 _DAMAGED = "The file is damaged: take another copy."
+_EMPTY = "Give it memory with model.to_empty(device=...) first."
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -72,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    layers = [_describe(m, mine) for m, mine in names.items() if isinstance(m, SparseLayer)]
+    layers = [to_description(m, mine) for m, mine in names.items() if isinstance(m, SparseLayer)]
     tensors, aliases = _collect(model)
     header = {"format": FORMAT, "version": VERSION, "aliases": aliases, "layers": layers}
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -113,24 +105,19 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             for fields in header["layers"]:
                 where = f"{fields['names'][0]!r} in {path}"
                 left -= set(fields["names"])
-                _convert(sites.get(fields["names"][0]), fields, tensors)
+                from_description(sites.get(fields["names"][0]), fields, tensors)
             where = str(path)
             cure = "Load into the model before it is sparsified, or into to_dense(model)."
             _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)
             _check(model, tensors)
         except ValueError as error:
             raise ValueError(f"{error} (While loading {where}: the model is as it was.)") from error
-        except (AttributeError, KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"Expected a whole description of {where}. Got {error!r}. {_DAMAGED}"
             ) from error
         model.load_state_dict(tensors)
     return model
-
-
-def _require(ok: bool, need: str, got: object, cure: str) -> None:
-    if not ok:
-        raise ValueError(f"Expected {need}. Got {got}. {cure}")
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -158,28 +145,6 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return (*storage_key(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _describe(layer: SparseLayer, names: list[str]) -> dict[str, Any]:
-    soft = layer.soft_permutation
-    state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
-    if soft is not None:
-        state = {"kind": "soft", "temperature": soft.temperature, "iterations": soft.iterations}
-    return {
-        "names": names,
-        "kind": next(word for word, kind in _KINDS.items() if isinstance(layer, kind)),
-        "dims": _dims(layer),
-        "structure": describe(layer.structure),
-        "shape": [layer.shape.out_features, layer.shape.in_features],
-        "side": layer.side,
-        "permutation": state,
-        "dtype": str(layer.values.dtype).removeprefix("torch."),
-        "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
-    }
-
-
-def _dims(module: nn.Module) -> int:
-    return len(getattr(module, "stride", ()))  # spatial axes of a convolution
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
@@ -191,7 +156,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             ours = isinstance(header, dict) and header.get("format") == FORMAT
             foreign = f"{path}, a safetensors file of something else"
-            cure = "Load dense weights with model.load_state_dict(safetensors.torch.load_file(path))."
+            cure = (
+                "Load dense weights with model.load_state_dict(safetensors.torch.load_file(path))."
+            )
             _require(ours, need, foreign, cure)
             version = header.get("version")
             known = isinstance(version, int) and 1 <= version <= VERSION
@@ -202,34 +169,43 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"Expected {need}. Got {path}: {error}. {_DAMAGED}") from error
 
 
-def _convert(site: Site | None, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Make one module the sparse layer that ``fields`` describes; its numbers come later."""
-    names, kind, shape = fields["names"], fields["kind"], Shape(*fields["shape"])
-    module = None if site is None else site.module
-    if site is None or module is None or set(site.names) != set(names):
-        there = "none" if site is None else f"one with the names {site.names}"
-        raise ValueError(f"Expected one linear module, {names}. Got {there}. {_REBUILD}")
-    fits = isinstance(module, _KINDS[kind]) or (site.kind == kind and not site.obstacle)
-    found = f"{type(module).__name__} {site.shape}"
-    got = f"{found}: {site.obstacle}" if site.obstacle and site.kind != "sparse" else found
-    fits = fits and site.shape == shape and _dims(module) == fields["dims"]
-    _require(fits, f"a {kind} module {shape}", got, _REBUILD)
-    prefix, structure = f"{names[0]}." if names[0] else "", parse_structure(fields["structure"])
-    indices, values = tensors[f"{prefix}indices"], tensors[f"{prefix}values"]
-    _check_topology(structure, shape, indices, values)
-    if not isinstance(module, SparseLayer):
-        _KINDS[kind].adopt(module, structure, indices, None, fields["side"], values)
-    assert isinstance(module, SparseLayer)
-    if module.indices.shape != indices.shape or module.structure != structure:
-        cure = "Call training.detach() first."
-        _require(module.recorder is None, "a layer that no DynamicSparsity holds", "one", cure)
-    if module.values.shape != values.shape:
-        module.values = nn.Parameter(
-            module.values.new_empty(values.shape), module.values.requires_grad
+def _check(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Check that every tensor of the model has its like in the file, and the file has no other."""
+    live = model.state_dict()
+    missing, unknown = sorted(live.keys() - tensors.keys()), sorted(tensors.keys() - live.keys())
+    need = "the tensors of this model, no more and no less"
+    got = f"none for {missing[:3]}, and unknown {unknown[:3]}"
+    _require(not missing and not unknown, need, got, "Build the same architecture.")
+    holders: dict[tuple[Any, ...], str] = {}
+    for name, tensor in live.items():
+        _require(not tensor.is_meta, f"a model with memory at {name!r}", "device meta", _EMPTY)
+        ours, theirs = ((t.dtype, tuple(t.shape)) for t in (tensor, tensors[name]))
+        cure = "Build the same architecture, or convert the model with model.to(dtype)."
+        _require(
+            ours == theirs, f"{name!r} as {ours[0]} {ours[1]}", f"{theirs[0]} {theirs[1]}", cure
         )
-    if module.indices.shape != indices.shape:
-        module.indices = indices.to(module.values.device, copy=True)
-    module.structure, module.side = structure, fields["side"]
-    config = fields["config"]
-    module.config = None if config is None else SparseConfig.from_dict(config)
-    module.permutation = _permutation(module, fields["permutation"], prefix, tensors)
+        twin = tensors[holders.setdefault(_view(tensor), name)]
+        same = twin is tensors[name] or torch.equal(twin, tensors[name])
+        need = f"the same numbers for {holders[_view(tensor)]!r} and {name!r}, one tensor here"
+        _require(same, need, "different ones", "Untie them in the model first.")
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put classes, parameters, buffers and attributes back if what runs inside fails."""
+    tables = [(m, (vars(m), m._parameters, m._buffers, m._modules)) for m in model.modules()]
+    before = [(m, type(m), [(held, dict(held)) for held in mine]) for m, mine in tables]
+    try:
+        yield
+    except BaseException:
+        for module, kind, saved in before:
+            module.__class__ = kind
+            for held, copied in saved:
+                held.clear()
+                held.update(copied)
+        raise
+
+
+def _require(ok: bool, need: str, got: object, cure: str) -> None:
+    if not ok:
+        raise ValueError(f"Expected {need}. Got {got}. {cure}")

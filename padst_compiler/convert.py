@@ -1,10 +1,9 @@
-"""From a sparse layer back to a dense one, and to and from the description that a file holds."""
+"""A sparse layer in other forms: dense again, and the description of it that a file holds."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPe
 from padst_compiler.sites import Site
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["from_description", "require", "to_dense", "to_description", "unchanged_on_error"]
+__all__ = ["from_description", "to_dense", "to_description"]
 
 _OWN = ("structure", "shape", "side", "dense_type", "config")
 _KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
@@ -25,6 +24,8 @@ _KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
     "conv1d": SparseConv1D,
     "conv1x1": SparsePointwiseConv,
 }
+_REBUILD = "Build the same architecture."
+_DAMAGED = "The file is damaged: take another copy."
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -42,15 +43,179 @@ def to_dense(model: nn.Module) -> nn.Module:
         >>> to_dense(model)[0]
         Linear(in_features=64, out_features=64, bias=True)
     """
-    recorders = {id(m.recorder): None for m in model.modules() if isinstance(m, SparseLayer)}
-    plain = copy.deepcopy(model, dict(recorders))  # a recorder holds on to its layer: none is made
+    plain = copy.deepcopy(model)
     for module in list(plain.modules()):
         if isinstance(module, SparseLayer):
             _restore(module)
     return plain
 
 
+def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
+    """Return what ``layer`` is, without its numbers, as plain JSON.
+
+    Args:
+        layer: any sparse layer.
+        names: all its qualified names in the model.
+
+    Example:
+        >>> import padst_compiler as padst
+        >>> model = padst.sparsify(nn.Sequential(nn.Linear(8, 8)), structure="nm:2:4")
+        >>> to_description(model[0], ["0"])["structure"]
+        'nm:2:4'
+    """
+    soft = layer.soft_permutation
+    state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
+    if soft is not None:
+        state = {"kind": "soft", "temperature": soft.temperature, "iterations": soft.iterations}
+    return {
+        "names": list(names),
+        "kind": next(word for word, kind in _KINDS.items() if isinstance(layer, kind)),
+        "dims": _dims(layer),
+        "structure": describe(layer.structure),
+        "shape": [layer.shape.out_features, layer.shape.in_features],
+        "side": layer.side,
+        "permutation": state,
+        "dtype": str(layer.values.dtype).removeprefix("torch."),
+        "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
+    }
+
+
+def from_description(
+    site: Site | None, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> SparseLayer:
+    """Make a module the sparse layer that ``fields`` describes; its numbers are not loaded yet.
+
+    A Parameter whose shape stays is the same object afterwards. An error may leave the module half
+    changed, but no number: ``checkpoint.load`` puts it back.
+
+    Args:
+        site: where the layer goes, dense or sparse; None where the model has no such module.
+        fields: from ``to_description``.
+        tensors: by name, at least the layer's.
+
+    Raises:
+        ValueError: the module, or a tensor, is not what the description needs.
+        ArithmeticError, AttributeError, LookupError, TypeError: the description is not whole.
+
+    Example:
+        >>> from padst_compiler.sites import discover
+        >>> fields = {"names": ["0"], "kind": "linear", "dims": 0, "structure": "fan_in"}
+        >>> fields |= {"shape": [2, 4], "side": "input", "permutation": {"kind": "none"}}
+        >>> tensors = {"0.indices": torch.zeros(2, 1).int(), "0.values": torch.zeros(2, 1)}
+        >>> (site,) = discover(nn.Sequential(nn.Linear(4, 2)))
+        >>> from_description(site, fields | {"config": None}, tensors).sparsity
+        0.75
+    """
+    names, kind, shape = list(fields["names"]), fields["kind"], Shape(*fields["shape"])
+    module = _module_at(site, names, kind, shape, int(fields["dims"]))
+    structure = parse_structure(fields["structure"])
+    prefix = f"{names[0]}." if names[0] else ""
+    indices, values = tensors[f"{prefix}indices"], tensors[f"{prefix}values"]
+    _check_topology(structure, shape, indices, values)
+    side = fields["side"]
+    _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
+    if not isinstance(module, SparseLayer):
+        _KINDS[kind].adopt(module, structure, indices, None, side, values)
+        assert isinstance(module, SparseLayer)
+    resized = module.indices.shape != indices.shape
+    held = module.recorder is not None and (resized or module.structure != structure)
+    cure = "Call training.detach() first, and make a new DynamicSparsity afterwards."
+    _require(not held, f"{structure}, as in the model", f"a file with {values.shape}", cure)
+    if module.values.shape != values.shape:
+        empty = module.values.new_empty(values.shape)
+        module.values = nn.Parameter(empty, module.values.requires_grad)
+    if resized:
+        module.indices = indices.to(module.values.device, copy=True)
+    module.structure, module.side = structure, side
+    config = fields["config"]
+    module.config = None if config is None else SparseConfig.from_dict(config)
+    module.permutation = _permutation(module, fields["permutation"], prefix, tensors)
+    return module
+
+
 def _restore(layer: SparseLayer) -> None:
     with torch.no_grad():
         weight = layer.weight.to(layer.values.dtype).contiguous()
-    trainable, dense_type = layer.values.requires_grad, layer.dense_type
+    trainable, bias = layer.values.requires_grad, layer._parameters.pop("bias", None)
+    for name in ("values", "indices", "permutation", "recorder"):
+        delattr(layer, name)
+    dense_type = layer.dense_type
+    for name in _OWN:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = dense_type  # type: ignore[assignment]
+    layer.register_parameter("weight", nn.Parameter(weight, trainable))
+    layer._parameters["bias"] = bias  # after the weight, as in a dense layer
+
+
+def _dims(module: nn.Module) -> int:
+    return len(getattr(module, "stride", ()))  # spatial axes of a convolution
+
+
+def _module_at(
+    site: Site | None, names: list[str], kind: str, shape: Shape, dims: int
+) -> nn.Module:
+    """Return the module of ``site`` if it is the one that a file describes."""
+    if site is None or site.module is None or set(site.names) != set(names):
+        found = "none" if site is None else f"one under the names {list(site.names)}"
+        raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
+    module, sparse = site.module, site.kind == "sparse"
+    fits = isinstance(module, _KINDS[kind]) if sparse else site.kind == kind
+    fits = fits and site.shape == shape and _dims(module) == dims
+    _require(fits, f"a {kind} of {shape}", f"{type(module).__name__} of {site.shape}", _REBUILD)
+    obstacle = "" if sparse else site.obstacle
+    _require(not obstacle, "a module that can become sparse", f"one where {obstacle}", _REBUILD)
+    return module
+
+
+def _check_topology(structure: Structure, shape: Shape, indices: Tensor, values: Tensor) -> None:
+    groups, candidates = structure.table(shape)
+    kept = indices.numel() // max(1, groups)
+    layout = structure.index_shape(shape, kept)
+    whole = structure.refusal(shape) is None and 1 <= kept <= candidates
+    whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
+    need = f"int32 indices of {structure} on {shape}"
+    _require(whole, need, f"{indices.dtype} {tuple(indices.shape)}", _DAMAGED)
+    slots = structure.slots(indices, shape).sort(dim=1).values
+    unique = bool((slots.diff(dim=1) > 0).all())
+    inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
+    _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
+    size = (*layout, *structure.unit(shape))
+    _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
+
+
+def _permutation(
+    layer: SparseLayer, fields: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
+) -> Permutation | None:
+    """Return a permutation of the file's kind; the present one where that is of the same kind."""
+    present, device = layer.permutation, layer.values.device
+    size = layer.shape.in_features if layer.side == "input" else layer.shape.out_features
+    if fields["kind"] == "fixed":
+        index_map = IndexMap.of(tensors[f"{prefix}permutation.perm"])
+        _require(index_map.size == size, f"a permutation of {size}", index_map.size, _DAMAGED)
+        same = isinstance(present, FixedPermutation) and present.size == size
+        return present if same else FixedPermutation(index_map, device)
+    if fields["kind"] == "soft":
+        logits, shape = tensors[f"{prefix}permutation.logits"], (size, size)
+        _require(tuple(logits.shape) == shape, f"logits {shape}", tuple(logits.shape), _DAMAGED)
+        temperature, iterations = float(fields["temperature"]), int(fields["iterations"])
+        fine = 0.0 < temperature < float("inf") and iterations > 0
+        _require(fine, "a temperature and iterations above 0", dict(fields), _DAMAGED)
+        if isinstance(present, SinkhornPermutation) and present.size == size:
+            present.temperature, present.iterations = temperature, iterations
+            return present
+        soft = SinkhornPermutation(
+            size,
+            torch.Generator(),
+            temperature=temperature,
+            iterations=iterations,
+            device=device,
+        ).to(logits.dtype)
+        soft.logits.requires_grad_(layer.values.requires_grad)  # a frozen layer stays frozen
+        return soft
+    _require(fields["kind"] == "none", "a permutation none, fixed or soft", dict(fields), _DAMAGED)
+    return None
+
+
+def _require(ok: bool, need: str, got: object, cure: str) -> None:
+    if not ok:
+        raise ValueError(f"Expected {need}. Got {got}. {cure}")

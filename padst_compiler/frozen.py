@@ -80,7 +80,7 @@ def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
 
 
 def _copy_results(graph: fx.Graph, early: set[fx.Node]) -> None:
-    """Copy results that would share their numbers with the prologue's: a caller may write to them."""
+    """Copy results that would share their numbers with the prologue's: callers write to them."""
     end = graph.output_node()
     for result in end.all_input_nodes:
         source: Any = result

@@ -66,7 +66,7 @@ def _mismatch(what: str) -> MismatchError:
 
 
 def _difference(left: Tensor, right: Tensor) -> float:
-    """Return the largest difference relative to the largest finite number; inf where incomparable."""
+    """Return the largest difference over the largest finite number; inf if incomparable."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return float("inf")
     if not (left.is_floating_point() or left.is_complex()):

@@ -135,6 +135,8 @@ def test_a_map_is_computed_and_what_was_read_is_remembered() -> None:
     known = facts.map_of(node(module, ATEN.flip.default))
     assert known is not None
     assert known.perm.tolist() == [0, 2, 1]
+    assert facts.read == set()  # looking is not relying
+    facts.rely_on(node(module, ATEN.flip.default))
     assert facts.read == {placeholders(module)[1]}
 
 
