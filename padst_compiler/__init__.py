@@ -1,6 +1,6 @@
 """Train sparse layers with learned shuffles; compile the shuffles away.
 
-Importing this package registers the ``padst::`` operators. ``torch.compile(model, backend="padst")``
+Importing registers the ``padst::`` operators. ``torch.compile(model, backend="padst")``
 needs no import. The compiler and what builds on it load when they are first used.
 """
 

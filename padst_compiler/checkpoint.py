@@ -58,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    path = Path(os.path.realpath(path))  # a link stays a link
+    model, path = _plain(model), Path(os.path.realpath(path))  # a link stays a link
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Expected a folder. Got no {path.parent}. Create it first.")
     names: dict[nn.Module, list[str]] = {}
@@ -69,7 +69,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {"format": FORMAT, "version": VERSION, "aliases": aliases, "layers": layers}
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        draft.touch()
+        mode = (
+            draft.stat().st_mode
+        )  # what files have here; safetensors gives its own to nobody else
         save_file(tensors, draft, metadata={FORMAT: json.dumps(header)})
+        draft.chmod(mode)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())  # so that a power cut leaves the old file or the new one
         draft.replace(path)
@@ -93,8 +98,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ValueError: not such a file, a damaged one, a newer version, or another architecture; the
             message says what and where, and the model is as it was.
         FileNotFoundError: there is no such file.
+
+    Example:
+        >>> load(nn.Linear(2, 2), "missing.safetensors")
+        Traceback (most recent call last):
+        FileNotFoundError: Expected a file. Got missing.safetensors, which is none. Check the path.
     """
-    path = Path(path)
+    path, given, model = Path(path), model, _plain(model)
     header, tensors = _read(path)
     sites = {name: site for site in discover(model) for name in site.names}
     where = str(path)
@@ -117,7 +127,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"Expected a whole description of {where}. Got {error!r}. {_DAMAGED}"
             ) from error
         model.load_state_dict(tensors)
-    return model
+    return given
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile(model)``, which has the names of its state."""
+    inside = getattr(model, "_orig_mod", model)
+    assert isinstance(inside, nn.Module)
+    return inside
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

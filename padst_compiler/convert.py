@@ -118,9 +118,12 @@ def from_description(
         _KINDS[kind].adopt(module, structure, indices, None, side, values)
         assert isinstance(module, SparseLayer)
     resized = module.indices.shape != indices.shape
-    held = module.recorder is not None and (resized or module.structure != structure)
-    cure = "Call training.detach() first, and make a new DynamicSparsity afterwards."
-    _require(not held, f"{structure}, as in the model", f"a file with {values.shape}", cure)
+    if module.recorder is not None and (resized or module.structure != structure):
+        ours = f"{module.structure} with {tuple(module.indices.shape)} units"
+        raise ValueError(
+            f"Expected {ours}, as in the model that DynamicSparsity trains. Got {structure} with "
+            f"{tuple(indices.shape)}. Call training.detach() first, and make a new one afterwards."
+        )
     if module.values.shape != values.shape:
         empty = module.values.new_empty(values.shape)
         module.values = nn.Parameter(empty, module.values.requires_grad)

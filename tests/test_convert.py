@@ -1,216 +1,271 @@
 import copy
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import padst_compiler as padst
 from padst_compiler.config import SparseConfig
-from padst_compiler.convert import to_dense
-from padst_compiler.layers import SparseLayer, sparse_layers
+from padst_compiler.convert import from_description, to_dense, to_description
+from padst_compiler.index_map import IndexMap
+from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
+from padst_compiler.layers import sparse_layers as layers_of
+from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.recorder import Recorder
+from padst_compiler.sites import discover
+from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
-SPECS = ["block:8", "nm:8", "diagonal", "fan_in", "unstructured"]
-STATES = ["none", "random", "learned"]
-Specs = pytest.mark.parametrize("spec", SPECS)
-States = pytest.mark.parametrize("state", STATES)
+IN, OUT = 16, 24
+STRUCTURES: list[Structure] = [Block(4), NM(4), Diagonal(), FanIn(), Unstructured()]
+Structures = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+States = pytest.mark.parametrize("state", ["none", "fixed", "soft"])
 Sides = pytest.mark.parametrize("side", ["input", "output"])
-X = torch.randn(4, 32, generator=torch.Generator().manual_seed(9))
-
-
-def dense() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 32, bias=False))
-
-
-def sparse(spec: str = "block:8", state: str = "random", side: str = "input") -> nn.Sequential:
-    config = SparseConfig(spec, 0.5, state, side, force_permutation=state == "learned")
-    model = dense()
-    padst.sparsify(model, {"0": config, "2": config})
-    assert list(sparse_layers(model)) == ["0", "2"]
-    return model
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-# -- the copy --------------------------------------------------------------------------------------
-
-
-@Sides
-@States
-@Specs
-def test_the_outputs_are_the_same(spec: str, state: str, side: str) -> None:
-    model = sparse(spec, state, side)
-    plain = to_dense(model)
-    torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-5)
-    for name, layer in sparse_layers(model).items():
-        assert torch.equal(plain.get_parameter(f"{name}.weight"), layer.weight)
-
-
-@Sides
-@States
-@Specs
-def test_nothing_of_the_library_is_left(spec: str, state: str, side: str) -> None:
-    original, plain = dense(), to_dense(sparse(spec, state, side))
-    assert [type(m) for m in plain.modules()] == [type(m) for m in original.modules()]
-    assert repr(plain) == repr(original)
-    assert list(plain.state_dict()) == list(original.state_dict())
-    wanted = [(name, p.shape) for name, p in original.named_parameters()]
-    assert [(name, p.shape) for name, p in plain.named_parameters()] == wanted
-    for name, module in original.named_modules():
-        assert vars(plain.get_submodule(name)).keys() == vars(module).keys()
-    original.load_state_dict(plain.state_dict())
-    assert torch.equal(original(X), plain(X))
-
-
-@States
-def test_the_original_is_untouched_and_shares_no_memory(state: str) -> None:
-    model = sparse(state=state)
-    before, y = snapshot(model), model(X)
-    parameters = [id(p) for p in model.parameters()]
-    plain = to_dense(model)
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.zero_()
-    assert all(isinstance(layer, SparseLayer) for layer in (model[0], model[2]))
-    assert [id(p) for p in model.parameters()] == parameters
-    assert torch.equal(model(X), y)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-@States
-def test_it_trains_like_any_dense_model(state: str) -> None:
-    plain = to_dense(sparse(state=state))
-    plain(X).square().sum().backward()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    before = plain.get_parameter("0.weight").detach().clone()
-    optimizer.step()
-    assert all(p.is_leaf and p.grad is not None for p in plain.parameters())
-    assert not torch.equal(plain.get_parameter("0.weight"), before)
-
-
-def test_the_zeros_stay_zeros_unless_the_permutation_is_soft() -> None:
-    for state in ("none", "random"):
-        weight = to_dense(sparse(state=state)).get_parameter("0.weight")
-        assert float((weight == 0).float().mean()) == 0.5
-    soft = sparse(state="learned")
-    assert not (to_dense(soft).get_parameter("0.weight") == 0).any()
-    padst.harden(soft)
-    assert float((to_dense(soft).get_parameter("0.weight") == 0).float().mean()) == 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@States
-def test_the_dtype_is_kept(state: str, dtype: torch.dtype) -> None:
-    plain = to_dense(sparse(state=state).to(dtype))
-    assert {p.dtype for p in plain.parameters()} == {dtype}
-    assert plain(X.to(dtype)).dtype is dtype
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("trainable", [True, False])
-def test_mode_and_requires_grad_are_kept(trainable: bool, training: bool) -> None:
-    model = sparse().train(training)
-    model[0].requires_grad_(trainable)
-    plain = to_dense(model)
-    assert plain.get_parameter("0.weight").requires_grad is trainable
-    assert plain.get_parameter("2.weight").requires_grad
-    assert all(m.training is training for m in plain.modules())
-
-
-def test_hooks_and_attributes_stay() -> None:
-    model = sparse()
-    model[0].register_forward_hook(lambda _m, _x, y: y + 1)
-    model[0].note = "kept"  # type: ignore[assignment]
-    plain = to_dense(model)
-    assert plain.get_submodule("0").note == "kept"
-    torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-5)
-
-
-# -- where the layers are --------------------------------------------------------------------------
-
-
-@States
-def test_the_root_may_be_a_sparse_layer(state: str) -> None:
-    config = SparseConfig("block:8", 0.5, state)
-    model = padst.sparsify(nn.Linear(32, 48), config)
-    plain = to_dense(model)
-    assert type(plain) is nn.Linear and isinstance(model, SparseLayer)
-    assert list(plain.state_dict()) == ["weight", "bias"]
-    torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-5)
-
-
-def test_a_model_without_sparse_layers_is_copied() -> None:
-    model = dense()
-    plain = to_dense(model)
-    assert plain is not model and torch.equal(plain(X), model(X))
-
-
-def test_a_module_used_twice_stays_one_module() -> None:
-    shared = nn.Linear(32, 32)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    padst.sparsify(model, {"0": SparseConfig("block:8", 0.5, "random")})
-    plain = to_dense(model)
-    assert isinstance(plain, nn.Sequential) and plain[0] is plain[2]
-    assert type(plain[0]) is nn.Linear
-    assert len(list(plain.parameters())) == 2
-    torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-5)
-
-
-def test_dense_weights_that_are_tied_stay_tied() -> None:
-    model = nn.ModuleDict(
-        {"embed": nn.Embedding(40, 32), "fc": nn.Linear(32, 32), "head": nn.Linear(32, 40)}
-    )
-    model["head"].weight = model["embed"].weight
-    padst.sparsify(model, {"fc": SparseConfig("block:8", 0.5, "random")})
-    plain = to_dense(model)
-    assert plain.get_parameter("head.weight") is plain.get_parameter("embed.weight")
-    assert plain.get_parameter("head.weight") is not model.get_parameter("head.weight")
 
 
 def conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    build: Callable[[int, int], nn.Module] = Conv1D
-    return build(48, 32)
+    make: Callable[[int, int], nn.Module] = Conv1D
+    return make(OUT, IN)
 
 
-KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv1d": (conv1d, (2, 3, 32)),
-    "pointwise 1d": (lambda: nn.Conv1d(32, 48, 1), (2, 32, 5)),
-    "pointwise 2d, stride": (lambda: nn.Conv2d(32, 48, 1, stride=2), (2, 32, 5, 6)),
+# (dense module, its sparse class, the size of an input)
+Kind = tuple[Callable[[], nn.Module], type[SparseLayer], tuple[int, ...]]
+KINDS: dict[str, Kind] = {
+    "linear": (lambda: nn.Linear(IN, OUT), SparseLinear, (3, IN)),
+    "without bias": (lambda: nn.Linear(IN, OUT, bias=False), SparseLinear, (3, IN)),
+    "hugging face": (conv1d, SparseConv1D, (2, 3, IN)),
+    "conv1d": (lambda: nn.Conv1d(IN, OUT, 1), SparsePointwiseConv, (2, IN, 5)),
+    "conv2d": (lambda: nn.Conv2d(IN, OUT, 1, 2), SparsePointwiseConv, (2, IN, 5, 4)),
+    "conv3d": (lambda: nn.Conv3d(IN, OUT, 1), SparsePointwiseConv, (2, IN, 2, 3, 2)),
 }
+Kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def permutation_of(state: str, size: int) -> Permutation | None:
+    if state == "fixed":
+        return FixedPermutation(IndexMap.of(torch.randperm(size)))
+    return SinkhornPermutation(size, torch.Generator()) if state == "soft" else None
+
+
+def adopt(
+    module: nn.Module,
+    structure: Structure | None = None,
+    state: str = "none",
+    side: str = "input",
+    kind: type[SparseLayer] = SparseLinear,
+) -> SparseLayer:
+    structure = structure or Block(4)
+    matrix = kind.matrix_of(module)
+    shape = Shape(*matrix.shape)
+    indices = structure.select(torch.randn(matrix.shape), structure.kept(shape, 0.5))
+    size = shape.in_features if side == "input" else shape.out_features
+    return kind.adopt(module, structure, indices, permutation_of(state, size), side)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# -- to_dense --------------------------------------------------------------------------------------
 
 
 @Sides
 @States
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_of_layer(kind: str, state: str, side: str) -> None:
-    build, size = KINDS[kind]
-    original, model = nn.Sequential(build()), nn.Sequential(build())
-    padst.sparsify(model, {"0": SparseConfig("nm:8", 0.5, state, side)})
-    plain, x = to_dense(model), torch.randn(size)
-    assert [type(m) for m in plain.modules()] == [type(m) for m in original.modules()]
-    assert repr(plain) == repr(original)
-    assert list(plain.state_dict()) == list(original.state_dict())
-    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_dense_copy_can_become_sparse_again() -> None:
-    plain = to_dense(sparse())
-    again = padst.sparsify(plain, structure="block:8", sparsity=0.75)
-    assert list(sparse_layers(again)) == ["0", "2"]
-    assert to_dense(again).get_parameter("0.weight").shape == (48, 32)
-
-
-def test_an_open_run_is_not_part_of_the_copy() -> None:
-    model = sparse(state="learned")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = padst.DynamicSparsity(model, optimizer, total_steps=10)
+@Kinds
+def test_every_kind_becomes_its_own_class_with_the_same_outputs(
+    kind: str, state: str, side: str
+) -> None:
+    make, sparse, size = KINDS[kind]
+    dense = make()
+    model = nn.Sequential(copy.deepcopy(dense))
+    layer, x = adopt(model[0], None, state, side, sparse), torch.randn(size)
+    before = bits(model)
     plain = to_dense(model)
-    assert repr(plain) == repr(dense())
-    torch.testing.assert_close(plain(X), copy.deepcopy(model)(X), rtol=1e-5, atol=1e-5)
-    assert training is not None
+    found = plain.get_submodule("0")
+    assert type(found) is type(dense) and repr(found) == repr(dense)
+    assert set(vars(found)) == set(vars(dense))
+    for table in ("_parameters", "_buffers", "_modules"):
+        assert list(getattr(found, table)) == list(getattr(dense, table))
+    assert found.get_parameter("weight").is_contiguous()
+    assert torch.equal(found.get_parameter("weight"), layer.weight)
+    torch.testing.assert_close(plain(x), model(x))
+    assert model[0] is layer and type(layer) is sparse
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(t, before[n]) for n, t in after.items())
+
+
+@States
+@Structures
+def test_every_structure_and_permutation(structure: Structure, state: str) -> None:
+    model, x = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, IN)), torch.randn(5, IN)
+    keys, names = list(model.state_dict()), [name for name, _ in model.named_parameters()]
+    adopt(model[0], structure, state, "input")
+    last = adopt(model[2], structure, state, "output")
+    plain = to_dense(model)
+    assert not layers_of(plain)
+    assert list(plain.state_dict()) == keys
+    assert [name for name, _ in plain.named_parameters()] == names
+    torch.testing.assert_close(plain(x), model(x))
+    if state != "soft":  # hard ones leave the zeros
+        assert int((plain.get_parameter("2.weight") != 0).sum()) == last.values.numel()
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    for name, layer in layers_of(again).items():  # and packing it again gives the same values
+        if state != "soft":
+            dense = plain.get_submodule(name).state_dict()
+            layer.load_state_dict(dense)
+            assert torch.equal(layer.values, layers_of(model)[name].values)
+
+
+def test_the_root_may_be_a_sparse_layer() -> None:
+    layer, x = adopt(nn.Linear(IN, OUT), state="fixed"), torch.randn(2, IN)
+    plain = to_dense(layer)
+    assert type(plain) is nn.Linear
+    torch.testing.assert_close(plain(x), layer(x))
+    assert isinstance(layer, SparseLinear)
+
+
+def test_a_model_without_sparse_layers_is_copied() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    plain = to_dense(model)
+    assert plain is not model
+    assert torch.equal(plain.get_parameter("0.weight"), model.get_parameter("0.weight"))
+
+
+def test_nothing_is_shared_with_the_original() -> None:
+    model = nn.Sequential(adopt(nn.Linear(IN, OUT), state="soft"))
+    plain, before = to_dense(model), bits(model)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("frozen", ["values", "bias"])
+def test_dtype_mode_and_what_is_frozen_are_kept(frozen: str) -> None:
+    layer = adopt(nn.Linear(IN, OUT), state="soft").to(torch.bfloat16).eval()
+    layer.get_parameter(frozen).requires_grad_(False)
+    plain, x = to_dense(layer), torch.randn(2, IN, dtype=torch.bfloat16)
+    assert not plain.training
+    assert all(p.dtype is torch.bfloat16 for p in plain.parameters())
+    assert [p.requires_grad for p in plain.parameters()] == [frozen != "values", frozen != "bias"]
+    assert (plain(x) - layer(x)).abs().max() <= 2e-2 * layer(x).abs().max()
+
+
+def test_shared_modules_hooks_and_attributes_stay() -> None:
+    shared, seen = nn.Linear(IN, IN), list[str]()
+    shared.register_forward_hook(lambda *_: seen.append("called"))
+    shared.note = "mine"  # type: ignore[assignment]
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    adopt(shared, state="fixed")
+    plain = to_dense(model)
+    found = plain.get_submodule("a")
+    assert found is plain.get_submodule("b") and found is not shared
+    assert list(plain.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    found(torch.randn(1, IN))
+    assert seen == ["called"] and found.note == "mine"
+
+
+def test_tied_weights_elsewhere_stay_tied() -> None:
+    model = nn.ModuleDict(
+        {"e": nn.Embedding(8, IN), "f": nn.Linear(IN, OUT), "h": nn.Linear(IN, 8)}
+    )
+    model["h"].weight = model["e"].weight
+    adopt(model["f"])
+    plain = to_dense(model)
+    assert plain.get_parameter("h.weight") is plain.get_parameter("e.weight")
+
+
+def test_a_layer_in_training_is_converted_without_its_recorder() -> None:
+    layer = adopt(nn.Linear(IN, OUT), state="fixed")
+    layer.recorder = recorder = Recorder(layer)
+    recorder.arm()
+    layer(torch.randn(3, IN)).sum().backward()
+    plain = to_dense(layer)
+    assert not list(plain.children()) and all(p.grad is None for p in plain.parameters())
+    assert layer.recorder is recorder and recorder.has_seen
+    plain(torch.randn(3, IN)).sum().backward()  # and it trains as a dense layer
+
+
+def test_the_dense_weight_can_be_sparse_again() -> None:
+    layer, x = adopt(nn.Linear(IN, OUT), state="none"), torch.randn(3, IN)
+    values = layer.structure.pack(layer.weight.detach(), layer.indices)
+    again = SparseLinear.adopt(
+        to_dense(layer), layer.structure, layer.indices, None, "input", values
+    )
+    assert torch.equal(again(x), layer(x))
+
+
+# -- descriptions ----------------------------------------------------------------------------------
+
+
+@Sides
+@States
+@Structures
+def test_a_description_makes_a_dense_module_the_same_layer(
+    structure: Structure, state: str, side: str
+) -> None:
+    source = nn.Sequential(nn.Linear(IN, OUT))
+    layer = adopt(source[0], structure, state, side)
+    layer.config = SparseConfig(structure, 0.5)
+    fields = json.loads(json.dumps(to_description(layer, ["0"])))
+    target = nn.Sequential(nn.Linear(IN, OUT))
+    (site,) = discover(target)
+    found = from_description(site, fields, source.state_dict())
+    assert found is target[0] and repr(found) == repr(layer)
+    assert found.config == layer.config
+    assert list(target.state_dict()) == list(source.state_dict())
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(2, IN)
+    assert torch.equal(target(x), source(x))
+
+
+def test_a_layer_without_a_config_says_so() -> None:
+    fields = to_description(adopt(nn.Linear(IN, OUT)), ["a", "b.c"])
+    assert (fields["config"], fields["names"]) == (None, ["a", "b.c"])
+    assert (fields["dtype"], fields["permutation"]) == ("float32", {"kind": "none"})
+
+
+@Kinds
+def test_each_kind_has_a_word_and_its_axes(kind: str) -> None:
+    make, sparse, size = KINDS[kind]
+    fields = to_description(adopt(make(), kind=sparse), [""])
+    words = {SparseLinear: "linear", SparseConv1D: "conv1d", SparsePointwiseConv: "conv1x1"}
+    assert fields["kind"] == words[sparse]
+    assert fields["dims"] == (len(size) - 2 if sparse is SparsePointwiseConv else 0)
+
+
+def refused(module: nn.Module, change: dict[str, Any] | None = None) -> str:
+    """Return what is said about ``module`` where a Linear of 24x16 is described."""
+    source = nn.Sequential(nn.Linear(IN, OUT))
+    fields = to_description(adopt(source[0]), ["0"]) | (change or {})
+    site = next(iter(discover(nn.Sequential(module))), None)
+    with pytest.raises(ValueError, match=r"^Expected .*\. Got .*\. [A-Z]") as error:
+        from_description(site, fields, source.state_dict())
+    return str(error.value)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_another_module_is_refused() -> None:
+    assert "Got none. Build the same architecture." in refused(nn.ReLU())
+    assert "Got Linear of 16x24." in refused(nn.Linear(OUT, IN))
+    assert "Got Conv1d of 24x16." in refused(nn.Conv1d(IN, OUT, 1))
+    assert "computes forward in its own way" in refused(OwnForward(IN, OUT))
+    weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
+    assert "remove_parametrizations" in refused(weight_norm)
+    conv = adopt(nn.Conv1d(IN, OUT, 1), kind=SparsePointwiseConv)
+    assert "Got SparsePointwiseConv of 24x16." in refused(conv)
+
+
+def test_a_layer_in_training_takes_no_other_structure() -> None:
+    layer = adopt(nn.Linear(IN, OUT), NM(4))
+    layer.recorder = Recorder(layer)
+    said = refused(layer)
+    assert "NM(m=4, n=None) with (24, 4, 2) units" in said and "training.detach()" in said
