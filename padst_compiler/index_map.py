@@ -60,8 +60,14 @@ class IndexMap:
         Raises:
             ValueError: ``perm`` is not a permutation of ``0 .. n-1``.
         """
-        table = torch.as_tensor(perm).detach().to(device="cpu", dtype=torch.int64)
-        if table.dim() != 1 or not torch.equal(table.sort().values, torch.arange(table.numel())):
+        given = torch.as_tensor(perm).detach()
+        table = given.to(device="cpu", dtype=torch.int64, copy=True)
+        whole = not (given.is_floating_point() or given.is_complex())
+        if (
+            not whole
+            or table.dim() != 1
+            or not torch.equal(table.sort().values, torch.arange(table.numel()))
+        ):
             raise ValueError(
                 f"Expected a permutation of 0..n-1 in one dimension. Got {_preview(table)}. "
                 "Pass each index once."

@@ -115,7 +115,16 @@ class SparseLayer(nn.Module):
             self.permutation = FixedPermutation(soft.harden(), soft.logits.device)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return ``S (P x) + b`` for tokens ``x (..., i)``."""
+        """Return ``S (P x) + b`` for tokens ``x (..., i)``.
+
+        Raises:
+            ValueError: ``x`` has another width than the layer.
+        """
+        if x.shape[-1] != self.shape.in_features:
+            raise ValueError(
+                f"Expected {self.shape.in_features} features on the last axis. Got input "
+                f"{tuple(x.shape)}. Check what feeds {type(self).__name__}({self.extra_repr()})."
+            )
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
@@ -148,17 +157,17 @@ class SparseLayer(nn.Module):
     ) -> None:
         """Accept a dense checkpoint: its weight is packed under the present mask."""
         dense = state_dict.get(f"{prefix}weight")
-        if dense is not None and f"{prefix}values" not in state_dict:
+        matrix = torch.empty(self.shape.out_features, self.shape.in_features, device="meta")
+        fits = dense is not None and dense.shape == self.dense_form(matrix).shape
+        if dense is not None and fits and f"{prefix}values" not in state_dict:
             # In place: torch hands each module a copy of its own, and children read from it next.
             del state_dict[f"{prefix}weight"]
             matrix = self._undo_permutation(self._matrix_from(dense))
             state_dict[f"{prefix}values"] = self.structure.pack(matrix, self.indices)
             state_dict[f"{prefix}indices"] = self.indices
-            for name, tensor in self.named_buffers():
-                state_dict.setdefault(prefix + name, tensor)
-            for name, tensor in self.named_parameters():
-                if name.startswith("permutation."):
-                    state_dict.setdefault(prefix + name, tensor)
+            if self.permutation is not None:
+                for name, tensor in self.permutation.state_dict().items():
+                    state_dict.setdefault(f"{prefix}permutation.{name}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _matrix_from(self, dense: Tensor) -> Tensor:

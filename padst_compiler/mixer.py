@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def load_images(path: Path, limit: int = 10_000) -> Images:
     try:
         with np.load(path) as arrays:
             x, y, x2, y2 = (arrays[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, EOFError, TypeError, BadZipFile) as error:
         raise ValueError(
             f"Expected an .npz file with x_train, y_train, x_test, y_test. Got {path} ({error}). "
             "Pass --data the path of such a file, or leave it out to use the bundled digits."

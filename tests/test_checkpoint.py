@@ -28,6 +28,7 @@ from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structu
 WIDTH = 16
 STRUCTURES: list[Structure] = [Block(4), NM(m=4, n=2), NM(8), Diagonal(), FanIn(), Unstructured()]
 Structures = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+Change = Callable[[dict[str, Any]], object]  # of a header
 States = pytest.mark.parametrize("state", ["none", "fixed", "soft"])
 
 
@@ -133,7 +134,7 @@ def header_of(path: Path) -> dict[str, Any]:
         return header
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None], **tensors: Tensor | None) -> None:
+def rewrite(path: Path, change: Change, **tensors: Tensor | None) -> None:
     """Change the header, and replace or drop tensors, of a file."""
     header, held = header_of(path), safetensors.torch.load_file(path)
     change(header)
@@ -425,9 +426,6 @@ def test_a_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path / "gone", tmp_path):
         with untouched(target), pytest.raises(FileNotFoundError, match=r"Expected a file\. Got"):
             load(target, path)
-
-
-Change = Callable[[dict[str, Any]], object]
 
 
 def layer(index: int, **fields: Any) -> Change:

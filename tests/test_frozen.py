@@ -121,8 +121,8 @@ def test_a_buffer_that_the_graph_writes_is_not_frozen() -> None:
 class Recorded:
     """A frozen call on ``x * w.exp()``, with a count of what ran."""
 
-    def __init__(self, net: Any = None, size: int = 3) -> None:
-        self.tensors: list[Tensor] = [*given((size,), (size,)), torch.tensor([2, 0, 1])]
+    def __init__(self, net: Any = None, size: int = 3, watched: Sequence[int] = (2,)) -> None:
+        self.tensors: list[Tensor] = [*given((size,), (size,)), torch.arange(size).roll(1)]
         self.net = net or (lambda x, w, p: (x * w.exp() + p.sum() * 0,))
         result = folded(self.net, self.tensors, [1, 2])
         self.parts = split(result.graph_module, result.facts)
@@ -134,7 +134,7 @@ class Recorded:
             self.parts,
             self.counted("main", main),
             self.counted("original", self.net),
-            [2],  # the permutation shaped the graph
+            watched,  # the permutation shaped the graph
             self.tensors,
         )
 
@@ -180,13 +180,26 @@ def test_a_write_to_a_frozen_tensor_is_noticed(write: Callable[[list[Tensor]], A
     assert it.counts(prologue=2, main=3)
 
 
-def test_a_new_tensor_at_an_old_address_is_noticed() -> None:
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_new_tensor_at_an_old_address_is_noticed(position: int) -> None:
     """The allocator hands out a freed address at once, and a new tensor starts at version 0."""
-    it = Recorded(size=4096)
+    it = Recorded(net=lambda x, w, p: (x * w.exp() * (p + w).exp(),), size=4096, watched=[])
+    it.tensors[2] = torch.zeros(4096, dtype=torch.float64)
     for value in range(20):
-        it.tensors[1] = torch.empty(0)
-        it.tensors[1] = torch.full((4096,), float(value), dtype=torch.float64)
+        it.tensors[position] = torch.empty(0)
+        it.tensors[position] = torch.full((4096,), float(value) / 8, dtype=torch.float64)
         assert it.agrees()
+
+
+def test_a_new_permutation_at_an_old_address_is_noticed() -> None:
+    it = Recorded(net=lambda x, w, p: ((x * w.exp())[p],), size=4096)
+    for shift in range(20):
+        it.tensors[2] = torch.empty(0)
+        it.tensors[2] = torch.arange(4096).roll(shift)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=CHANGED)
+            assert it.agrees()
+    assert it.count["original"] == 19  # all but the first one's own shift
 
 
 def test_a_new_input_is_no_write() -> None:

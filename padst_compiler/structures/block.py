@@ -108,7 +108,7 @@ class Block(Structure):
     @property
     def vacuous_sides(self) -> frozenset[str]:
         """No side is vacuous, unless a block is one weight."""
-        return frozenset()
+        return frozenset({"input", "output"}) if self.size == 1 else frozenset()
 
     def absorbs_columns(self, perm: IndexMap, shape: Shape) -> bool:
         """Whole blocks may move, and columns within a block."""

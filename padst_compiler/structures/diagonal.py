@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,11 @@ class Diagonal(ElementStructure):
     """
 
     name: ClassVar[str] = "diagonal"
+
+    def kept(self, shape: Shape, sparsity: float) -> int:
+        """Return K, rounded up as DynaDiag does: ``ceil((1 - sparsity) * max(o, i))``."""
+        candidates = self.table(shape)[1]
+        return min(candidates, max(1, math.ceil(round((1.0 - sparsity) * candidates, 6))))
 
     def table(self, shape: Shape) -> tuple[int, int]:
         """One group of ``max(o, i)`` offsets."""
