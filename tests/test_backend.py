@@ -364,8 +364,17 @@ def test_training_in_double_precision_equals_eager(structure: Structure, kernels
 
 
 @pytest.mark.slow
+def test_training_equals_eager() -> None:
+    trained_at_any_batch_size(Block(8))
+
+
 @Structures
+@uses_aten
 def test_training_takes_any_batch_size_in_one_graph(structure: Structure) -> None:
+    trained_at_any_batch_size(structure)
+
+
+def trained_at_any_batch_size(structure: Structure) -> None:
     model, graphs = Mlp(structure), Count({"kernels": "sparse"})
     fast = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
     for batch in (2, 5, 33):
