@@ -70,9 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.touch()
-        mode = (
-            draft.stat().st_mode
-        )  # what files have here; safetensors gives its own to nobody else
+        mode = draft.stat().st_mode  # as other files here: safetensors makes private ones
         save_file(tensors, draft, metadata={FORMAT: json.dumps(header)})
         draft.chmod(mode)
         with draft.open("rb+") as file:
@@ -110,12 +108,19 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     where = str(path)
     with _unchanged_on_error(model):
         try:
-            tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
+            aliases = {name: (source, tensors[source]) for name, source in header["aliases"].items()}
+            tensors |= {name: tensor for name, (_, tensor) in aliases.items()}
             left = {name for name, site in sites.items() if site.kind == "sparse"}
+            shared: dict[str, SinkhornPermutation] = {}
             for fields in header["layers"]:
-                where = f"{fields['names'][0]!r} in {path}"
+                name = fields["names"][0]
+                where = f"{name!r} in {path}"
                 left -= set(fields["names"])
-                from_description(sites.get(fields["names"][0]), fields, tensors)
+                layer = from_description(sites.get(name), fields, tensors)
+                if (soft := layer.soft_permutation) is not None:  # layers may learn one together
+                    key = f"{name}.permutation.logits".lstrip(".")
+                    source = header["aliases"].get(key, key)
+                    layer.permutation = shared.setdefault(source, soft)
             where = str(path)
             cure = "Load into the model before it is sparsified, or into to_dense(model)."
             _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)

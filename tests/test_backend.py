@@ -363,18 +363,9 @@ def test_training_in_double_precision_equals_eager(structure: Structure, kernels
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.slow
-def test_training_equals_eager() -> None:
-    trained_at_any_batch_size(Block(8))
-
-
 @Structures
 @uses_aten
 def test_training_takes_any_batch_size_in_one_graph(structure: Structure) -> None:
-    trained_at_any_batch_size(structure)
-
-
-def trained_at_any_batch_size(structure: Structure) -> None:
     model, graphs = Mlp(structure), Count({"kernels": "sparse"})
     fast = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
     for batch in (2, 5, 33):
@@ -527,7 +518,6 @@ def test_a_new_permutation_is_seen(write: Callable[[Mlp], Any], dropped: bool) -
         write(model)
         with pytest.warns(UserWarning, match=CHANGED) if dropped else nullcontext():
             same(fast, model, x)
-        same(fast, model, -x)
 
 
 @pytest.mark.usefixtures("uncompiled")
