@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import padst_compiler as padst
-from padst_compiler.explain import Explanation
+from padst_compiler.explanation import Explanation
 from padst_compiler.measure import Timing, machine, paired, ratio
 from padst_compiler.text import table
 

@@ -20,7 +20,7 @@ from padst_compiler.training import DynamicSparsity, harden
 
 if TYPE_CHECKING:
     from padst_compiler.backend import export_onnx
-    from padst_compiler.explain import explain
+    from padst_compiler.explanation import explain
 
 __all__ = [
     "NM",
@@ -44,7 +44,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = {"explain": "padst_compiler.explain", "export_onnx": "padst_compiler.backend"}
+_LATER = {"explain": "padst_compiler.explanation", "export_onnx": "padst_compiler.backend"}
 
 
 def __getattr__(name: str) -> Any:

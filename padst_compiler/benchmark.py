@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from padst_compiler.convert import to_dense
-from padst_compiler.explain import explain
+from padst_compiler.explanation import explain
 from padst_compiler.inputs import bind
 from padst_compiler.layers import sparse_layers
 from padst_compiler.measure import machine, paired, ratio

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from padst_compiler.convert import from_description, to_description
 from padst_compiler.layers import SparseLayer
-from padst_compiler.sites import discover
+from padst_compiler.permutation import SinkhornPermutation
+from padst_compiler.sites import Site, discover
 from padst_compiler.tensors import is_plain, storage_key
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
@@ -31,6 +32,7 @@ __all__ = ["FORMAT", "VERSION", "load", "save"]
 FORMAT, VERSION = "padst_compiler", 1
 
 _DAMAGED = "The file is damaged: take another copy."
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError)  # what a strange header may cause
 _EMPTY = "Give it memory with model.to_empty(device=...) first."
 
 
@@ -105,31 +107,16 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     path, given, model = Path(path), model, _plain(model)
     header, tensors = _read(path)
     sites = {name: site for site in discover(model) for name in site.names}
-    where = str(path)
     with _unchanged_on_error(model):
         try:
-            aliases = {name: (source, tensors[source]) for name, source in header["aliases"].items()}
-            tensors |= {name: tensor for name, (_, tensor) in aliases.items()}
-            left = {name for name, site in sites.items() if site.kind == "sparse"}
-            shared: dict[str, SinkhornPermutation] = {}
-            for fields in header["layers"]:
-                name = fields["names"][0]
-                where = f"{name!r} in {path}"
-                left -= set(fields["names"])
-                layer = from_description(sites.get(name), fields, tensors)
-                if (soft := layer.soft_permutation) is not None:  # layers may learn one together
-                    key = f"{name}.permutation.logits".lstrip(".")
-                    source = header["aliases"].get(key, key)
-                    layer.permutation = shared.setdefault(source, soft)
-            where = str(path)
-            cure = "Load into the model before it is sparsified, or into to_dense(model)."
-            _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)
+            tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
+            _convert(sites, header, tensors)
             _check(model, tensors)
         except ValueError as error:
-            raise ValueError(f"{error} (While loading {where}: the model is as it was.)") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{error} (From {path}: the model is as it was.)") from error
+        except _ODD as error:
             raise ValueError(
-                f"Expected a whole description of {where}. Got {error!r}. {_DAMAGED}"
+                f"Expected a whole header in {path}. Got {error!r}. {_DAMAGED}"
             ) from error
         model.load_state_dict(tensors)
     return given
@@ -189,6 +176,29 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"Expected {need}. Got {path}: {error}. {_DAMAGED}") from error
+
+
+def _convert(
+    sites: Mapping[str, Site], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Make the layers of the model those of the file."""
+    left = {name for name, site in sites.items() if site.kind == "sparse"}
+    shared: dict[str, SinkhornPermutation] = {}
+    for fields in header["layers"]:
+        name = fields["names"][0]
+        left -= set(fields["names"])
+        try:
+            layer = from_description(sites.get(name), fields, tensors)
+        except ValueError as error:
+            raise ValueError(f"{error} (Layer {name!r}.)") from error
+        except _ODD as error:
+            need = f"a whole description of layer {name!r}"
+            raise ValueError(f"Expected {need}. Got {error!r}. {_DAMAGED}") from error
+        if (soft := layer.soft_permutation) is not None:  # several layers may learn one together
+            key = f"{name}.permutation.logits".lstrip(".")
+            layer.permutation = shared.setdefault(header["aliases"].get(key, key), soft)
+    cure = "Load into the model before it is sparsified, or into to_dense(model)."
+    _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)
 
 
 def _check(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -170,7 +170,7 @@ def _bench(options: argparse.Namespace) -> str:
 
 
 def _explain(options: argparse.Namespace) -> str:
-    from padst_compiler.explain import explain
+    from padst_compiler.explanation import explain
 
     return str(explain(*_sparse(options)))
 

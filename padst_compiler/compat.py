@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_option_names",
     "is_module_state",
+    "many_graphs",
     "mode_options",
     "reset_inductor",
     "size_hint",
@@ -156,6 +158,16 @@ def size_hint(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint
     return 1024 if hint is None else int(hint)
+
+
+def many_graphs() -> AbstractContextManager[None]:
+    """Lift Dynamo's limit on graphs of one function for a while: asking is not recompiling."""
+    from torch._dynamo import config
+
+    return cast(
+        "AbstractContextManager[None]",
+        config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20),
+    )
 
 
 def reset_inductor() -> None:

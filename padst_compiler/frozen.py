@@ -10,6 +10,7 @@ it runs again. Writes through ``tensor.data`` do not move the version counter an
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,9 +195,22 @@ class FrozenCall:
         return self._original(*arguments)
 
 
-def _state(arguments: Sequence[Any], positions: Sequence[int]) -> tuple[int, ...]:
-    state: list[int] = []
-    for position in positions:
-        tensor = arguments[position]
-        state += (tensor.data_ptr(), tensor._version)
-    return tuple(state)
+def _state(arguments: Sequence[Any], positions: Sequence[int]) -> _State:
+    return _State([arguments[position] for position in positions])
+
+
+class _State:
+    """Which tensors were seen, where their numbers lay and how often they had been written to."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [weakref.ref(t) for t in tensors]
+        self.numbers = [(t.data_ptr(), t._version) for t in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both saw the same living tensors, unwritten in between."""
+        if not isinstance(other, _State) or self.numbers != other.numbers:
+            return False
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return all(one() is not None and one() is two() for one, two in pairs)
+
+    __hash__ = None  # type: ignore[assignment]

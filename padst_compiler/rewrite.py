@@ -16,7 +16,17 @@ from torch import Tensor, fx
 from padst_compiler.compat import trace_aten
 from padst_compiler.index_map import IndexMap
 
-__all__ = ["Facts", "Pass", "Refusal", "Report", "Rule", "inline", "run_pipeline", "shape_of"]
+__all__ = [
+    "Facts",
+    "Pass",
+    "Refusal",
+    "Report",
+    "Rule",
+    "as_contiguous",
+    "inline",
+    "run_pipeline",
+    "shape_of",
+]
 
 ATEN = torch.ops.aten
 
@@ -111,14 +121,20 @@ class Facts:
 
     def owner(self, node: fx.Node) -> str:
         """Return the module that a structured operator or a map belongs to, for reports."""
-        for source in (node, *node.all_input_nodes):
-            if source in self.names:
-                return self.names[source]
-        for source in node.all_input_nodes:
-            for deeper in source.all_input_nodes:
-                if deeper in self.names:
-                    return self.names[deeper]
-        return node.name
+        start = node.args[1] if str(node.target) == "padst.permute.default" else node
+        queue, seen = [start], []
+        while queue:
+            current = queue.pop(0)
+            if not isinstance(current, fx.Node):
+                continue
+            if current in self.names:
+                seen.append(self.names[current])
+            elif current is start or self.is_frozen(current):
+                queue += [
+                    n for n in current.all_input_nodes if self.is_frozen(n) or n in self.names
+                ]
+        layers = [name for name in seen if not name.endswith("permutation")]
+        return (layers or seen or [node.name])[0]
 
 
 class Pass(Protocol):
@@ -180,6 +196,18 @@ def inline(
             else:
                 env[node] = graph.node_copy(node, lambda n: env[n])
     raise AssertionError("a traced graph ends with its output")
+
+
+def as_contiguous(graph: fx.Graph, before: fx.Node, x: fx.Node) -> fx.Node:
+    """Return ``x`` with the strides that a permutation's result has: later views rely on them."""
+    if x.meta["val"].is_contiguous():
+        return x
+    with graph.inserting_before(before):
+        copied = graph.call_function(
+            ATEN.clone.default, (x,), {"memory_format": torch.contiguous_format}
+        )
+    copied.meta["val"] = x.meta["val"].contiguous()
+    return copied
 
 
 def shape_of(node: object) -> tuple[Any, ...] | None:

@@ -19,7 +19,16 @@ from torch import fx
 
 from padst_compiler.index_map import invert
 from padst_compiler.ops import LINEAR, STRUCTURE_OF
-from padst_compiler.rewrite import ATEN, Facts, Refusal, Report, Rule, inline, shape_of
+from padst_compiler.rewrite import (
+    ATEN,
+    Facts,
+    Refusal,
+    Report,
+    Rule,
+    as_contiguous,
+    inline,
+    shape_of,
+)
 from padst_compiler.structures import Shape
 
 __all__ = ["AbsorbIntoReader"]
@@ -133,6 +142,7 @@ def _replay(graph: fx.Graph, before: fx.Node, chain: list[fx.Node]) -> fx.Node:
     """Apply the chain's views to the permutation's input."""
     x = chain[0].args[0]
     assert isinstance(x, fx.Node)
+    x = as_contiguous(graph, before, x)
     for view in chain[1:]:
         with graph.inserting_before(before):
             copied = graph.node_copy(view, lambda n: n)

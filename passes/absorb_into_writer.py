@@ -23,7 +23,16 @@ import torch
 from torch import fx
 
 from padst_compiler.ops import LINEAR, STRUCTURE_OF
-from padst_compiler.rewrite import ATEN, Facts, Refusal, Report, Rule, inline, shape_of
+from padst_compiler.rewrite import (
+    ATEN,
+    Facts,
+    Refusal,
+    Report,
+    Rule,
+    as_contiguous,
+    inline,
+    shape_of,
+)
 from padst_compiler.structures import Shape
 
 __all__ = ["AbsorbIntoWriter"]
@@ -57,7 +66,7 @@ class AbsorbIntoWriter:
                 facts.rely_on(perm)
             for edit in proof.edits:
                 edit()
-            permute.replace_all_uses_with(x)
+            permute.replace_all_uses_with(as_contiguous(graph, permute, x))
             graph.erase_node(permute)
         return Report(self.name, tuple(fired), tuple(left))
 

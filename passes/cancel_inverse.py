@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule, inline
+from padst_compiler.rewrite import Facts, Refusal, Report, Rule, as_contiguous, inline
 
 __all__ = ["CancelInverse"]
 
@@ -42,7 +42,7 @@ class CancelInverse:
             assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
             if _undoes(first, second) or _is_identity_pair(first, second, facts):
                 fired.append(Rule(facts.owner(outer), "an inverse pair cancels"))
-                outer.replace_all_uses_with(x)
+                outer.replace_all_uses_with(as_contiguous(graph, outer, x))
                 graph.erase_node(outer)
             elif len(inner.users) > 1:
                 left.append(Refusal(facts.owner(outer), "the inner result has a second reader"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule
+from padst_compiler.rewrite import Facts, Refusal, Report, Rule, as_contiguous
 
 __all__ = ["DropIdentity"]
 
@@ -38,6 +38,6 @@ class DropIdentity:
             elif known.is_identity:
                 fired.append(Rule(facts.owner(node), "an identity map vanishes"))
                 facts.rely_on(perm)
-                node.replace_all_uses_with(x)
+                node.replace_all_uses_with(as_contiguous(graph, node, x))
                 graph.erase_node(node)
         return Report(self.name, tuple(fired), tuple(left))

@@ -212,10 +212,15 @@ def test_every_kind_of_layer(kind: str, path: Path) -> None:
     assert isinstance(found, type(layer)) and found.dense_type is layer.dense_type
 
 
-def test_a_dense_model_is_saved_and_loaded_too(path: Path) -> None:
-    model, target = Net(), Net()
+def test_layers_that_learn_one_permutation_still_do(path: Path) -> None:
+    model, target = sparse_net(state="soft"), Net()
+    assert isinstance(model.fc1, SparseLayer) and isinstance(model.fc2, SparseLayer)
+    model.fc2.permutation = model.fc1.permutation  # both of the residual width
     save(model, path)
-    same(load(target, path), model)
+    assert header_of(path)["aliases"]["fc2.permutation.logits"] == "fc1.permutation.logits"
+    load(target, path)
+    same(target, model)
+    assert target.fc1.permutation is target.fc2.permutation
 
 
 def test_a_module_under_two_names_and_a_tied_weight_are_written_once(path: Path) -> None:
@@ -452,7 +457,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no version": (lambda h: h.pop("version"), "Got None in"),
     "no layers": (lambda h: h.pop("layers"), "Got KeyError('layers')"),
     "layers a number": (lambda h: h.update(layers=3), "damaged"),
-    "a field less": (lambda h: h["layers"][1].pop("side"), "'fc2' in"),
+    "a field less": (lambda h: h["layers"][1].pop("side"), "of layer 'fc2'. Got KeyError('side')"),
     "no names": (layer(0, names=[]), "Got IndexError"),
     "other names": (layer(0, names=["fc1", "x"]), "Got one under the names ['fc1']"),
     "no such name": (layer(0, names=["fc9"]), "under ['fc9']. Got none"),

@@ -26,8 +26,8 @@ def test_the_readme_code_runs() -> None:
 def test_the_backend_is_found_without_importing_the_package() -> None:
     program = (
         "import sys, torch\n"
-        "fast = torch.compile(torch.nn.Linear(8, 8), backend='padst', fullgraph=True)\n"
         "assert 'padst_compiler' not in sys.modules\n"
+        "fast = torch.compile(torch.nn.Linear(8, 8), backend='padst', fullgraph=True)\n"
         "with torch.no_grad(): fast(torch.ones(2, 8))\n"
         "assert 'padst_compiler' in sys.modules\n"
     )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from padst_compiler import compat
 from padst_compiler.backend import padst
-from padst_compiler.explain import explain
+from padst_compiler.explanation import explain
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLinear, SparsePointwiseConv
 from padst_compiler.permutation import FixedPermutation

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from padst_compiler.backend import Settings, fold_dynamo
+from padst_compiler.compat import many_graphs
 from padst_compiler.fold import Folded
 from padst_compiler.inputs import bind
 from padst_compiler.text import table
@@ -86,7 +87,7 @@ def explain(
         graphs.append(fold_dynamo(graph_module, inputs, settings))
         return graph_module.forward
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), many_graphs():
         torch.compile(model, backend=record)(*args, **kwargs)
     return summarise(graphs)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from padst_compiler.explain import Explanation, explain
+from padst_compiler.explanation import Explanation, explain
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer, SparseLinear
 from padst_compiler.permutation import FixedPermutation, SinkhornPermutation
