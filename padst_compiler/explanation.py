@@ -77,7 +77,7 @@ def explain(
         >>> import padst_compiler as padst
         >>> model = padst.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
         >>> explain(padst.harden(model).eval(), torch.randn(4, 64)).gathers
-        2
+        0
     """
     settings, _ = Settings.parse(options)
     args, kwargs = bind(model, example_inputs)

@@ -162,7 +162,7 @@ def test_a_node_is_owned_by_the_module_whose_tensors_it_reads() -> None:
     assert facts.owner(permute) == "fc.permutation"
     assert facts.owner(placeholders(module)[3]) == "fc2"
     relu = node(module, ATEN.relu.default)
-    assert facts.owner(relu) == "fc"  # one step further up
+    assert facts.owner(relu) == "relu"  # it reads no tensor of a module
     assert Facts().owner(relu) == "relu"
 
 
