@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import padst_compiler as padst
 from padst_compiler.explanation import Explanation
+from padst_compiler.export.onnx import quiet
 from padst_compiler.measure import Timing, machine, paired, ratio
 from padst_compiler.text import table
 
@@ -55,8 +55,7 @@ def onnxruntime_dense(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     except ImportError:
         return None
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert program is not None
     buffer.write(program.model_proto.SerializeToString())

@@ -6,11 +6,13 @@ onnxruntime; the other structures as dense products (no standard form of theirs 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["OPSET", "ExportReport", "FoldedModule", "write_onnx"]
+__all__ = ["OPSET", "ExportReport", "FoldedModule", "quiet", "write_onnx"]
 
 OPSET = 21
 
@@ -113,8 +115,7 @@ def write_onnx(
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
         shapes = (tuple({0: batch} for _ in example),)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own deprecation notes
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             folded, example, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET, verbose=False
         )
@@ -154,6 +155,23 @@ def _requirements() -> tuple[Any, Any]:
             'Install them with pip install "padst-compiler[onnx]".'
         ) from error
     return onnx, onnxruntime
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop the exporter's own deprecation notes, and its remarks that torchvision is missing."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    log.addFilter(_drop)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return "torchvision" not in record.getMessage()
 
 
 def _difference(

@@ -65,8 +65,10 @@ def _feature_major(g: Geometry) -> float | None:
     cost = _batched(g, 1.0)
     if cost is None:
         return None
-    # Transposing costs more the fewer tokens there are per feature; small blocks gather whole rows.
+    # Small blocks gather whole rows here, but transposing many tokens costs more than that saves.
     small = isinstance(g.structure, Block) and g.structure.size < 16
+    if g.tokens > 512:
+        return 1.9 * cost
     return cost * (0.6 if small and g.tokens >= 32 else 1.15)
 
 

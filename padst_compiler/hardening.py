@@ -84,11 +84,20 @@ class Hardening:
         matrix = soft.soft()
         return Look(gaps(matrix).max().item(), penalty(matrix).item() / (2 * soft.size))
 
+    @torch.no_grad()
+    def sharpen(self, factor: float, everything: bool) -> None:
+        """Sharpen the soft permutations that are decided and not hard yet, or all of them."""
+        chosen = [name for name in self.soft if everything or self._rules[name].settling]
+        found = [self._layers[name].soft_permutation for name in chosen]
+        for soft in {id(soft): soft for soft in found if soft is not None}.values():
+            soft.sharpen(factor)
+
     def settle(self, name: str, gap: float) -> bool:
         """Show the rule the gap of one soft permutation; return whether it hardened."""
         soft = self._layers[name].soft_permutation
         assert soft is not None
         if not self._rules[name].ready(gap, lambda: soft.harden().perm):
+            soft.balance()  # for the next look
             return False
         self.harden(name)
         return True

@@ -3,7 +3,7 @@
 1. Update: every layer drops its weakest units and grows others (``growth``), in place. A grown unit
    starts at zero, with a zero optimiser state. RigL and SRigL replace the gradient step by the
    update; here it follows the step, so that every optimiser works unchanged.
-2. Check: a soft permutation that satisfies ``GapRule`` becomes an index map.
+2. Check: a soft permutation that satisfies ``GapRule`` is sharpened, and becomes an index map.
 3. RigL: where the next step ends in an update, recorders are armed for its backward passes.
 """
 
@@ -190,6 +190,7 @@ class DynamicSparsity:
             return
         self.step_count += 1
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
+        self._hardening.sharpen(*self.schedule.sharpening_at(self.step_count))
         update = self.schedule.updates_at(self.step_count)
         if update or self.schedule.checks_at(self.step_count):
             for name, layer in self._layers.items():

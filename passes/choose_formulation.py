@@ -6,7 +6,8 @@
              y = addmm(bias, x, unpack(values, indices).t())      # "dense"
 
 Predictions, not timings: the same model gets the same graph and hits the compile cache. A sparse
-formulation must promise at least 10 % over dense to be taken. ``prefer="dense"`` and
+formulation must promise 1.25x dense to be taken: predictions were measured to be off by up to
+30 %, and slower than dense is worse than a gain forgone. ``prefer="dense"`` and
 ``prefer="sparse"`` take that side wherever it exists.
 """
 
@@ -27,7 +28,7 @@ from padst_compiler.structures import Shape
 
 __all__ = ["ChooseFormulation"]
 
-MARGIN = 0.9  # a prediction must be this much cheaper than dense to be worth leaving dense
+MARGIN = 0.8  # a prediction must be this much cheaper than dense to be worth leaving dense
 
 _LINEAR, _DX, _DW = (frozenset(ops.values()) for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
 

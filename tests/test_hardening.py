@@ -111,6 +111,20 @@ def test_what_settles_becomes_an_index_map_and_leaves_the_optimiser() -> None:
     optimizer.step()  # goes on without it
 
 
+def test_only_what_settles_is_sharpened_and_keeps_its_assignment() -> None:
+    model, optimizer = make()
+    hardening = Hardening(controllable(model, optimizer), optimizer)
+    first, second = (soft_of(at(model, i)) for i in range(2))
+    sharpen(first, PERM, logit=4.0)
+    assert not hardening.settle("0.0", hardening.look("0.0").gap)  # decided, not yet settled
+    before, other = first.logits.detach().clone(), second.logits.detach().clone()
+    hardening.sharpen(1.5, everything=False)
+    assert torch.equal(first.logits, before * 1.5) and torch.equal(second.logits, other)
+    while not hardening.settle("0.0", hardening.look("0.0").gap):
+        hardening.sharpen(1.5, everything=False)
+    assert perm_of(at(model, 0)) == PERM
+
+
 def test_a_group_that_held_only_logits_stays_for_the_schedulers() -> None:
     kinds: list[Any] = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
     for kind in [*kinds, torch.optim.Adagrad, torch.optim.Adafactor]:

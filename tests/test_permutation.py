@@ -192,6 +192,32 @@ def test_decode_reads_any_dtype_and_a_matrix_with_gradients() -> None:
         assert decode(matrix_of(order).to(dtype).requires_grad_()).perm.tolist() == order
 
 
+def test_balance_tells_two_rows_on_one_column_apart() -> None:
+    # Rows 0 and 1 want column 0; the column that is free is a chain of twelve moves away.
+    soft = SinkhornPermutation(12, torch.Generator(), temperature=0.1)
+    with torch.no_grad():
+        soft.logits.copy_(torch.eye(12) * 4 + torch.eye(12).roll(-1, 1) * 5)
+        soft.logits[0, 0], soft.logits[0, 11] = 5.0, 0.0
+    assert soft.soft()[:, 0].sum() > 1.5
+    before = sinkhorn(soft.logits.detach().double() / 0.1, 2000)
+    soft.balance()
+    after = sinkhorn(soft.logits.detach().double() / 0.1, 2000)
+    torch.testing.assert_close(after, before, rtol=0.0, atol=2e-3)
+    assert (soft.soft().sum(dim=0) - 1.0).abs().max() < 0.02
+
+
+def test_sharpening_keeps_what_the_gap_decided() -> None:
+    order = [6, 14, 11, 1, 5, 4, 10, 13, 2, 15, 9, 7, 3, 12, 0, 8]
+    soft = soft_from(sinkhorn(matrix_of(order) * 4.0, 50))
+    decided = soft.harden()
+    assert 0.02 < soft.gap() < GAP_LIMIT and decided.perm.tolist() == order
+    for _ in range(12):
+        soft.sharpen(2.0)
+        soft.balance()
+    assert soft.gap() < 0.02
+    assert torch.equal(soft.harden().perm, decided.perm)
+
+
 # -- soft and hard ---------------------------------------------------------------------------------
 
 

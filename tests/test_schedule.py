@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from padst_compiler.permutation import GAP_LIMIT
-from padst_compiler.schedule import GapRule, Schedule, cosine_drop, linear_ramp
+from padst_compiler.schedule import SETTLED, GapRule, Schedule, cosine_drop, linear_ramp
 
 
 def never_called() -> torch.Tensor:
@@ -75,20 +75,31 @@ def test_a_gap_that_falls_below_the_limit_hardens_at_once() -> None:
     rule = GapRule()
     assert not rule.ready(0.9, never_called)
     assert not rule.ready(GAP_LIMIT, never_called)
-    assert rule.ready(math.nextafter(GAP_LIMIT, 0), never_called)
+    assert not rule.settling
+    assert not rule.ready(math.nextafter(GAP_LIMIT, 0), never_called)
+    assert rule.settling
+    assert not rule.ready(math.nextafter(SETTLED, 1), never_called)
+    assert rule.ready(SETTLED, never_called)
+
+
+def test_what_training_undoes_while_it_settles_is_open_again() -> None:
+    rule = GapRule(seen_above=True)
+    assert not rule.ready(0.1, never_called) and rule.settling
+    assert not rule.ready(0.5, never_called) and not rule.settling
+    assert rule.ready(0.01, never_called)
 
 
 def test_a_start_above_the_limit_counts_without_a_check() -> None:
     rule = GapRule()
     rule.note(0.9)
-    assert rule.ready(0.1, never_called)
+    assert rule.ready(0.01, never_called)
 
 
 def test_a_start_below_the_limit_waits_until_the_assignment_is_stable() -> None:
     rule, here = GapRule(checks=3), torch.arange(4)
-    assert [rule.ready(0.1, lambda: here) for _ in range(2)] == [False, False]
-    assert not rule.ready(0.1, lambda: here.flip(0))  # it moved: count anew
-    assert [rule.ready(0.1, lambda: here.flip(0)) for _ in range(2)] == [False, True]
+    assert [rule.ready(0.01, lambda: here) for _ in range(2)] == [False, False]
+    assert not rule.ready(0.01, lambda: here.flip(0))  # it moved: count anew
+    assert [rule.ready(0.01, lambda: here.flip(0)) for _ in range(2)] == [False, True]
 
 
 def test_nan_never_hardens() -> None:
@@ -98,8 +109,8 @@ def test_nan_never_hardens() -> None:
 
 def test_a_rule_goes_on_from_its_state() -> None:
     rule, other = GapRule(checks=2), GapRule(checks=2)
-    assert not rule.ready(0.1, lambda: torch.arange(3))
+    assert not rule.ready(0.01, lambda: torch.arange(3))
     other.load_state_dict(rule.state_dict())
-    assert other.ready(0.1, lambda: torch.arange(3))
+    assert other.ready(0.01, lambda: torch.arange(3))
     other.load_state_dict(GapRule().state_dict())
-    assert not other.ready(0.1, lambda: torch.arange(3))
+    assert not other.ready(0.01, lambda: torch.arange(3))
