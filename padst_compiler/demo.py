@@ -32,10 +32,10 @@ def run(data: Path | None, out: Path, *, seeds: int = 3, epochs: int | None = No
         data: an ``.npz`` file of images; the bundled digits without it.
         out: folder for the picture and the ONNX file; made if missing.
         seeds: trainings per variant.
-        epochs: passes over the data; by default 25 for the digits and 6 for ``data``.
+        epochs: passes over the data; by default 25 for the digits and 4 for ``data``.
     """
     images = digits() if data is None else load_images(data)
-    epochs = epochs or (25 if data is None else 6)
+    epochs = epochs or (25 if data is None else 4)
     out.mkdir(parents=True, exist_ok=True)
     runs = _train_all(images, seeds, epochs)
     print("compiling, exporting and timing ...", flush=True)

@@ -118,8 +118,10 @@ class SparseLayer(nn.Module):
         """Return ``S (P x) + b`` for tokens ``x (..., i)``.
 
         Raises:
-            ValueError: ``x`` has another width than the layer.
+            ValueError: ``x`` has another width than the layer, or lies on another device.
         """
+        if x.device != (here := self.values.device):
+            raise ValueError(f"Expected input on {here}. Got {x.device}. Move model or input.")
         if x.shape[-1] != self.shape.in_features:
             raise ValueError(
                 f"Expected {self.shape.in_features} features on the last axis. Got input "

@@ -34,7 +34,7 @@ def demo_picture(runs: Sequence[Run], path: Path) -> Path:
     _history(axes[0][2], learned, "gap", "worst gap", 0.2929)
     name, soft = next(iter(learned.soft.items()))
     layer = sparse_layers(learned.model)[name]
-    _matrix(axes[0][3], soft, f"{name}: soft, before hardening")
+    _matrix(axes[0][3], soft, f"{name}: soft, a third of the way")
     assert layer.permutation is not None
     _matrix(axes[1][3], layer.permutation.matrix().detach(), f"{name}: hard")
     shown = list(sparse_layers(learned.model).items())[:3]

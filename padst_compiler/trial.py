@@ -36,7 +36,7 @@ class Run:
     optimizer_bytes: int
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, test accuracy)
     history: list[Any] = field(default_factory=list)
-    soft: dict[str, Tensor] = field(default_factory=dict)  # matrices at the moment of hardening
+    soft: dict[str, Tensor] = field(default_factory=dict)  # matrices at a third of the steps
     moved: list[float] = field(default_factory=list)  # change of the accuracy at each hardening
     left_soft: int = 0  # permutations that the rule did not harden: linear assignment did
 
@@ -90,14 +90,14 @@ def train(
             optimizer.step()
             schedule.step()
             _measure_hardening(result, soft, images)
+            if schedule.last_epoch == steps // 3:
+                result.soft |= {name: each.soft().detach() for name, each in _soft(model).items()}
         result.curve.append(((epoch + 1) * batches, accuracy(model, images)))
         tick(epoch)
     if training is not None:
         result.history = list(training.history)
         training.detach()
-        left = _soft(model)
-        result.left_soft = len(left)
-        result.soft |= {name: soft.soft().detach() for name, soft in left.items()}
+        result.left_soft = len(_soft(model))
         harden(model)
     result.accuracy = accuracy(model, images)
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
@@ -134,5 +134,5 @@ def _measure_hardening(result: Run, before: dict[str, SinkhornPermutation], imag
         layers[name].permutation = soft
         result.moved.append(after - accuracy(result.model, images))
         layers[name].permutation = hard
-        result.soft[name] = soft.soft().detach()
+        result.soft.setdefault(name, soft.soft().detach())
     result.model.train()

@@ -548,3 +548,11 @@ def test_a_frozen_bias_stays_frozen() -> None:
     layer = adopt(module)
     assert layer.bias is not None and not layer.bias.requires_grad
     assert layer.values.requires_grad
+
+
+def test_an_input_on_another_device_is_refused() -> None:
+    layer = SparseLinear.adopt(
+        nn.Linear(8, 4), FanIn(), torch.zeros(4, 1, dtype=torch.int32), None, "input"
+    )
+    with pytest.raises(ValueError, match=r"Expected input on cpu\. Got meta\. Move model"):
+        layer(torch.ones(2, 8, device="meta"))
