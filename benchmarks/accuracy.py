@@ -1,11 +1,13 @@
-"""Accuracy of sparse training on Fashion-MNIST: structures, permutations, growth rules and depth.
+"""Accuracy of sparse training: structures, permutations, growth rules, depth, on real images.
 
-    python benchmarks/accuracy.py mlp --data fashion_mnist.npz --csv mlp.csv --seeds 5
-    python benchmarks/accuracy.py depth --data fashion_mnist.npz --csv depth.csv --seeds 3
-    python benchmarks/accuracy.py table --csv mlp.csv          # the table of what is there so far
+    python -m benchmarks.accuracy mlp --data fashion_mnist.npz --csv mlp.csv --seeds 5
+    python -m benchmarks.accuracy depth --data fashion_mnist.npz --csv depth.csv --seeds 3
+    python -m benchmarks.accuracy resnet --data cifar10.npz --csv resnet.csv
+    python -m benchmarks.accuracy table --csv mlp.csv          # the table of what is there so far
 
-Each finished training is one row of the CSV; what is there already is not run again, so a run that
-was interrupted goes on. One process and one thread per training.
+The data are .npz files with x_train, y_train, x_test, y_test, uint8, grey or RGB. Each finished
+training is one row of the CSV; what is there already is not run again, so an interrupted run goes
+on. One process and one thread per training.
 """
 
 from __future__ import annotations
@@ -16,151 +18,103 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cache
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import padst_compiler as padst
+from benchmarks.grids import GRIDS, Case
+from benchmarks.nets import build, sparse_names
 from padst_compiler.config import SparseConfig
 from padst_compiler.mixer import Images, load_images
 from padst_compiler.text import table
 
-STRUCTURES = ("block:16", "nm:16", "diagonal", "fan_in")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training; every random number comes from ``seed``."""
-
-    depth: int  # hidden layers
-    width: int
-    structure: str  # "dense" for none
-    permutation: str
-    method: str
-    sparsity: float
-    epochs: int
-    seed: int
-
-
-def mlp_cases(seeds: int, epochs: int) -> Iterator[Case]:
-    """784-1024-1024-10: every structure and permutation against dense, RigL, SET and SRigL."""
-    for seed in range(seeds):
-        yield Case(2, 1024, "dense", "none", "static", 0.0, epochs, seed)
-        for sparsity in (0.9, 0.95):
-            for method in ("rigl", "set"):
-                yield Case(2, 1024, "unstructured", "none", method, sparsity, epochs, seed)
-            for method in ("srigl", "srigl-no-ablation"):
-                yield Case(2, 1024, "fan_in", "none", method, sparsity, epochs, seed)
-            for structure in STRUCTURES:
-                for permutation in ("none", "random", "learned"):
-                    yield Case(2, 1024, structure, permutation, "rigl", sparsity, epochs, seed)
-
-
-def depth_cases(seeds: int, epochs: int) -> Iterator[Case]:
-    """3 to 16 hidden layers of 256 at 95 %: static and growing masks, with and without mixing."""
-    for seed in range(seeds):
-        for depth in (3, 6, 10, 16):
-            yield Case(depth, 256, "dense", "none", "static", 0.0, epochs, seed)
-            yield Case(depth, 256, "unstructured", "none", "rigl", 0.95, epochs, seed)
-            for structure in ("block:16", "diagonal", "nm:16"):
-                for method in ("static", "rigl"):
-                    for permutation in ("none", "random", "learned"):
-                        yield Case(depth, 256, structure, permutation, method, 0.95, epochs, seed)
-
-
-def network(case: Case, pixels: int, classes: int) -> nn.Sequential:
-    """Return the MLP of ``case``, seeded, with the global generator left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(case.seed)
-        widths = [pixels] + [case.width] * case.depth
-        layers: list[nn.Module] = []
-        for inner, outer in pairwise(widths):
-            layers += [nn.Linear(inner, outer), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(case.width, classes))
+BATCH = 256
 
 
 @cache
 def load(data: Path) -> Images:
-    """Return all images, once per process."""
-    return load_images(data, limit=60_000)
+    """Return all images, standardised, once per process."""
+    raw = load_images(data, limit=60_000)
+    mean, deviation = raw.train_x.mean(), raw.train_x.std()
+    x, y = ((each - mean) / deviation for each in (raw.train_x, raw.test_x))
+    if x.dim() == 4:  # colours come last in the file
+        x, y = x.movedim(-1, 1).contiguous(), y.movedim(-1, 1).contiguous()
+    return Images(raw.name, x, raw.train_y, y, raw.test_y)
 
 
 def train(case: Case, data: Path) -> dict[str, Any]:
     """Train one case; return its row."""
     torch.set_num_threads(1)
     images = load(data)
-    train_x, test_x = images.train_x.flatten(1), images.test_x.flatten(1)
-    mean, deviation = train_x.mean(), train_x.std()
-    train_x, test_x = (train_x - mean) / deviation, (test_x - mean) / deviation
-    model = network(case, train_x.shape[1], int(images.train_y.max()) + 1)
+    x, y = images.train_x[: case.images], images.train_y[: case.images]
+    model = build(case.network, tuple(x.shape[1:]), int(y.max()) + 1, case.seed)
     start = time.process_time()
-    if case.structure != "dense":
-        forced = case.permutation == "learned"
+    sparse = case.structure != "dense"
+    if sparse:
         config = SparseConfig(
             case.structure,
             sparsity=case.sparsity,
             permutation=case.permutation,
             seed=case.seed,
-            force_permutation=forced,
+            force_permutation=case.permutation == "learned",
         )
-        names = {str(2 * i): config for i in range(case.depth)}
-        padst.sparsify(model, names)
+        padst.sparsify(model, dict.fromkeys(sparse_names(model), config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    batch = 256
-    per_epoch = len(train_x) // batch
+    per_epoch = len(x) // BATCH
     steps = case.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    training = None
-    if case.structure != "dense":
-        training = padst.DynamicSparsity(
-            model, optimizer, **controller(case.method), total_steps=steps, update_every=50, end=0.7
-        )
+    training = controller(case, model, optimizer, steps) if sparse else None
     order = torch.Generator().manual_seed(case.seed)
     for _ in range(case.epochs):
-        for rows in torch.randperm(len(train_x), generator=order).split(batch)[:per_epoch]:
-            loss = F.cross_entropy(model(train_x[rows]), images.train_y[rows])
+        for rows in torch.randperm(len(x), generator=order).split(BATCH)[:per_epoch]:
+            loss = F.cross_entropy(model(x[rows]), y[rows])
             if training is not None:
                 loss = loss + training.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    left = soft_layers(model)
+    history = [] if training is None else training.history
+    soft = sum(getattr(m, "soft_permutation", None) is not None for m in model.modules())
     if training is not None:
         training.detach()
         padst.harden(model)
-    model.eval()
-    with torch.no_grad():
-        right = (model(test_x).argmax(dim=1) == images.test_y).float().mean().item()
-    history = training.history if training is not None else []
     hardened = [event["step"] / steps for event in history if event["hardened"]]
     return asdict(case) | {
-        "accuracy": round(100.0 * right, 2),
+        "accuracy": round(accuracy(model, images.test_x, images.test_y), 2),
         "hardened_at": round(statistics.mean(hardened), 3) if hardened else "",
-        "left_soft": left,
+        "left_soft": soft,
         "cpu_seconds": round(time.process_time() - start, 1),
     }
 
 
-def controller(method: str) -> dict[str, Any]:
-    """Return the arguments of ``DynamicSparsity`` that name a growth rule."""
-    if method == "static":
-        return {"method": "rigl", "drop_fraction": 0.0}
-    return {"method": method}
+def controller(
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> padst.DynamicSparsity:
+    """Return the controller that a case asks for."""
+    options: dict[str, Any] = {"total_steps": steps, "update_every": 50, "end": 0.7}
+    if case.method == "static":
+        options["drop_fraction"] = 0.0
+    method = "rigl" if case.method == "static" else case.method
+    return padst.DynamicSparsity(
+        model, optimizer, method, penalty_weight=case.penalty, seed=case.seed, **options
+    )
 
 
-def soft_layers(model: nn.Module) -> int:
-    """Count the permutations that are still soft."""
-    return sum(bool(getattr(m, "soft_permutation", None)) for m in model.modules())
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of images that are classified right, in percent."""
+    model.eval()
+    guesses = torch.cat([model(part).argmax(dim=1) for part in x.split(1000)])
+    return 100.0 * (guesses == y).float().mean().item()
 
 
 def run(cases: list[Case], data: Path, out: Path, workers: int) -> None:
@@ -198,16 +152,22 @@ def append(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+COLUMNS = ("network", "sparsity", "structure", "method", "penalty", "permutation")
+
+
 def summary(rows: list[dict[str, str]]) -> str:
     """Return mean, deviation and the share of the gap to RigL that permutations close."""
     scores: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    hardened: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
-        key = tuple(row[n] for n in ("depth", "sparsity", "structure", "method", "permutation"))
+        key = tuple(row[name] for name in COLUMNS)
         scores[key].append(float(row["accuracy"]))
+        hardened[key] += [float(row["hardened_at"])] if row["hardened_at"] else []
     lines = []
-    for (depth, sparsity, structure, method, permutation), found in sorted(scores.items()):
-        plain = scores.get((depth, sparsity, structure, method, "none"))
-        rigl = scores.get((depth, sparsity, "unstructured", "rigl", "none"))
+    for key, found in sorted(scores.items()):
+        network, sparsity, _, _, penalty, permutation = key
+        plain = scores.get((*key[:5], "none"))
+        rigl = scores.get((network, sparsity, "unstructured", "rigl", penalty, "none"))
         closed = ""
         if permutation != "none" and plain and rigl:
             gap = statistics.mean(rigl) - statistics.mean(plain)
@@ -215,29 +175,27 @@ def summary(rows: list[dict[str, str]]) -> str:
             # A share of a gap that is smaller than the noise says nothing.
             closed = f"{gain / gap:.2f}" if gap > 0.3 else f"gap {gap:+.2f}"
         deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-        name = (depth, sparsity, structure, method, permutation)
-        lines.append([*name, f"{statistics.mean(found):.2f} ± {deviation:.2f}", len(found), closed])
-    head = ("depth", "sparsity", "structure", "method", "permutation", "accuracy %", "n", "closed")
-    return table(head, [[str(cell) for cell in line] for line in lines])
+        score = f"{statistics.mean(found):.2f} ± {deviation:.2f}"
+        when = f"{statistics.mean(hardened[key]):.2f}" if hardened[key] else ""
+        lines.append([*key, score, str(len(found)), closed, when])
+    return table((*COLUMNS, "accuracy %", "n", "gap closed", "hardened at"), lines)
 
 
 def main() -> None:
     """Read the command line, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("grid", choices=("mlp", "depth", "table"))
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST as an .npz file")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("grid", choices=(*GRIDS, "table"))
+    parser.add_argument("--data", type=Path, help="images as an .npz file")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="cases whose description contains this")
     args = parser.parse_args()
     if args.grid != "table":
         if args.data is None:
-            parser.error("Expected --data. Got none. Pass the path of Fashion-MNIST's .npz file.")
-        grid = mlp_cases if args.grid == "mlp" else depth_cases
-        cases = [c for c in grid(args.seeds, args.epochs) if args.only in repr(c)]
-        run(cases, args.data, args.csv, args.workers)
+            parser.error("Expected --data. Got none. Pass the path of an .npz file of images.")
+        cases = [c for seed in range(args.seeds) for c in GRIDS[args.grid](seed)]
+        run([c for c in cases if args.only in repr(c)], args.data, args.csv, args.workers)
     print(summary(read(args.csv)))
 
 

@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Images", "Mixer", "digits", "load_images"]
+__all__ = ["Images", "Mixer", "MixerBlock", "digits", "load_images"]
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,17 @@ class _Mlp(nn.Module):
         return result
 
 
-class _Block(nn.Module):
+class MixerBlock(nn.Module):
+    """Mix tokens, then channels, each with a residual."""
+
     def __init__(self, tokens: int, width: int) -> None:
+        """Build the layers."""
         super().__init__()
         self.norm1, self.tokens = nn.LayerNorm(width), _Mlp(tokens, 2 * tokens)
         self.norm2, self.channels = nn.LayerNorm(width), _Mlp(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor like ``x (n, tokens, width)``."""
         x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         result: Tensor = x + self.channels(self.norm2(x))
         return result
@@ -122,7 +126,7 @@ class Mixer(nn.Module):
         self.patch = patch
         self.embed = nn.Linear(patch * patch, width)
         tokens = (side // patch) ** 2
-        self.blocks = nn.ModuleList(_Block(tokens, width) for _ in range(depth))
+        self.blocks = nn.ModuleList(MixerBlock(tokens, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
