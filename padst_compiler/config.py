@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from padst_compiler.distribution import DISTRIBUTIONS
-from padst_compiler.structures import STRUCTURES, Structure
+from padst_compiler.structures import STRUCTURES, Diagonal, Structure
 from padst_compiler.text import suggest
 
 __all__ = ["ConfigMap", "SparseConfig", "describe", "parse_structure"]
 
 VERSION = 1
 _CHOICES = {
-    "permutation": ("none", "random", "learned"),
+    "permutation": ("none", "random", "learned", "magnitude"),
+    "init": ("random", "magnitude"),
     "side": ("auto", "input", "output"),
     "distribution": tuple(DISTRIBUTIONS),
 }
@@ -37,6 +38,12 @@ class SparseConfig:
         distribution: "uniform" or "erk", over all layers with this same config.
         seed: of the random masks and permutations; together with a layer's name it decides them.
         force_permutation: learn a permutation even where the structure leaves it nothing to learn.
+        init: "random" draws the mask and rescales the dense weights under it; "magnitude" keeps the
+            largest units of a trained model as they are, and finds the permutation ("learned" or
+            "magnitude") that keeps most.
+        start_sparsity: where method "gmp" starts, 0 with all units; None for ``sparsity`` at once.
+        soft: store all units and choose softly among them (DynaDiag); structure "dynadiag" is short
+            for "diagonal" with ``soft=True``.
         version: of this format, in checkpoints.
 
     Raises:
@@ -55,10 +62,16 @@ class SparseConfig:
     distribution: str = "uniform"
     seed: int = 0
     force_permutation: bool = False
+    init: str = "random"
+    start_sparsity: float | None = None
+    soft: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
         """Check every field; parse the structure."""
+        if self.structure == "dynadiag":
+            object.__setattr__(self, "structure", "diagonal")
+            object.__setattr__(self, "soft", True)
         object.__setattr__(self, "structure", parse_structure(self.structure))
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
             raise TypeError(
@@ -77,12 +90,37 @@ class SparseConfig:
                     f"Expected {field} {', '.join(known[:-1])} or {known[-1]}. Got {value!r}. "
                     f"{suggest(str(value), known)}"
                 )
+        self._check_start()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"Expected an int as seed. Got {self.seed!r}. Use for instance 0.")
         if self.version != VERSION:
             raise ValueError(
                 f"Expected config version {VERSION}. Got {self.version!r}. "
                 "Use the release of padst_compiler that wrote it, or write it again with this one."
+            )
+
+    def _check_start(self) -> None:
+        """Check ``init``, ``start_sparsity`` and ``soft`` against the rest."""
+        start = self.start_sparsity
+        if start is not None and not 0.0 <= start <= self.sparsity:
+            raise ValueError(
+                f"Expected 0 <= start_sparsity <= sparsity = {self.sparsity}. Got {start}. "
+                "Use 0.0 to start with all units."
+            )
+        if self.permutation == "magnitude" and self.init != "magnitude":
+            raise ValueError(
+                "Expected init 'magnitude' with permutation 'magnitude'. "
+                f"Got init {self.init!r}. Set init='magnitude', on a trained model."
+            )
+        if self.soft and (not isinstance(self.family, Diagonal) or start is not None):
+            raise ValueError(
+                f"Expected structure 'diagonal' without start_sparsity for soft=True. "
+                f"Got {self.structure} and {start}. Use structure='dynadiag'."
+            )
+        if self.init == "magnitude" and (self.soft or start is not None):
+            raise ValueError(
+                "Expected init 'random' with soft=True or start_sparsity. Got 'magnitude'. "
+                "These start from all units: leave init out."
             )
 
     @property

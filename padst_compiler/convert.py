@@ -13,7 +13,9 @@ from padst_compiler.config import SparseConfig, describe, parse_structure
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
 from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
+from padst_compiler.storage import width_of
 from padst_compiler.structures import Shape, Structure
 
 __all__ = ["from_description", "to_dense", "to_description"]
@@ -75,6 +77,7 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         "shape": [layer.shape.out_features, layer.shape.in_features],
         "side": layer.side,
         "permutation": state,
+        "selection": None if layer.selection is None else layer.selection.kept,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
     }
@@ -111,13 +114,15 @@ def from_description(
     structure = parse_structure(fields["structure"])
     prefix = f"{names[0]}." if names[0] else ""
     indices, values = tensors[f"{prefix}indices"], tensors[f"{prefix}values"]
-    _check_topology(structure, shape, indices, values)
+    rows = tensors.get(f"{prefix}rows")
+    _check_topology(structure, shape, indices, values, rows)
     side = fields["side"]
     _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
     if not isinstance(module, SparseLayer):
         _KINDS[kind].adopt(module, structure, indices, None, side, values)
         assert isinstance(module, SparseLayer)
     resized = module.indices.shape != indices.shape
+    resized |= module.size()[1] != (None if rows is None else rows.numel())
     if module.recorder is not None and (resized or module.structure != structure):
         ours = f"{module.structure} with {tuple(module.indices.shape)} units"
         raise ValueError(
@@ -129,6 +134,8 @@ def from_description(
         module.values = nn.Parameter(empty, module.values.requires_grad)
     if resized:
         module.indices = indices.to(module.values.device, copy=True)
+    module.rows = None if rows is None else rows.to(module.values.device, copy=True)
+    module.selection = _selection(module, fields.get("selection"))
     module.structure, module.side = structure, side
     config = fields["config"]
     module.config = None if config is None else SparseConfig.from_dict(config)
@@ -140,7 +147,7 @@ def _restore(layer: SparseLayer) -> None:
     with torch.no_grad():
         weight = layer.weight.to(layer.values.dtype).contiguous()
     trainable, bias = layer.values.requires_grad, layer._parameters.pop("bias", None)
-    for name in ("values", "indices", "permutation", "recorder"):
+    for name in ("values", "indices", "rows", "selection", "permutation", "recorder"):
         delattr(layer, name)
     dense_type = layer.dense_type
     for name in _OWN:
@@ -170,7 +177,9 @@ def _module_at(
     return module
 
 
-def _check_topology(structure: Structure, shape: Shape, indices: Tensor, values: Tensor) -> None:
+def _check_topology(
+    structure: Structure, shape: Shape, indices: Tensor, values: Tensor, rows: Tensor | None
+) -> None:
     groups, candidates = structure.table(shape)
     kept = indices.numel() // max(1, groups)
     layout = structure.index_shape(shape, kept)
@@ -178,12 +187,33 @@ def _check_topology(structure: Structure, shape: Shape, indices: Tensor, values:
     whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
     need = f"int32 indices of {structure} on {shape}"
     _require(whole, need, f"{indices.dtype} {tuple(indices.shape)}", _DAMAGED)
+    size = (*layout, *structure.unit(shape))
+    _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
+    if rows is not None:
+        fine = rows.dtype is torch.int64 and rows.dim() == 1 and rows.numel() > 0
+        fine = fine and bool((rows.diff() > 0).all()) and int(rows[0]) >= 0
+        fine = fine and int(rows[-1]) < shape.out_features and structure.name in ("fan_in", "nm")
+        _require(fine, f"ascending rows below {shape.out_features}", "others", _DAMAGED)
+        shape = Shape(rows.numel(), shape.in_features)
+        used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
+        indices = indices.reshape(-1)[:used]
     slots = structure.slots(indices, shape).sort(dim=1).values
     unique = bool((slots.diff(dim=1) > 0).all())
     inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
     _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
-    size = (*layout, *structure.unit(shape))
-    _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
+
+
+def _selection(layer: SparseLayer, kept: int | None) -> SoftSelection | None:
+    """Return a soft selection of ``kept`` units; the present one where it is of the same kind."""
+    present = layer.selection
+    if kept is None or (present is not None and present.kept == kept):
+        return None if kept is None else present
+    units = layer.structure.table(layer.shape)[1]
+    fits = layer.structure.name == "diagonal" and layer.kept == units and 0 < kept <= units
+    _require(fits, f"all {units} diagonals for a soft selection", layer.kept, _DAMAGED)
+    soft = SoftSelection(units, kept, layer.values.device)
+    soft.alpha.requires_grad_(layer.values.requires_grad)
+    return soft
 
 
 def _permutation(

@@ -12,28 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padst_compiler.ops import LINEAR
 from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.storage import Storage
 from padst_compiler.structures import Shape, Structure
 
 __all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(Storage):
     """What every sparse layer has; made by ``adopt``, never constructed.
 
     ``side`` names where the permutation acts: "input" for ``S (P x)``, "output" for ``P (S x)``.
     """
 
-    structure: Structure
-    shape: Shape
     side: str
     permutation: Permutation | None
     recorder: nn.Module | None
     config: Any  # the SparseConfig that the layer was made from, where there is one
     dense_type: type[nn.Module]
-    values: nn.Parameter
-    indices: Tensor
     bias: nn.Parameter | None
 
     @classmethod
@@ -76,6 +72,8 @@ class SparseLayer(nn.Module):
         if "bias" in order:
             module._parameters["bias"] = bias  # parameters() lists values where weight stood
         module.register_buffer("indices", indices.clone())
+        module.register_buffer("rows", None)
+        module.selection = None
         module.permutation = permutation
         module.recorder, module.config = None, None
         return module
@@ -92,16 +90,11 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective dense weight ``S P`` (or ``P S``) in the dense module's shape; computed."""
-        matrix = self.structure.unpack(self.values, self.indices, self.shape)
+        matrix = self.matrix()
         if self.permutation is not None:
             soft = self.permutation.matrix().to(matrix.dtype)
             matrix = matrix @ soft if self.side == "input" else soft @ matrix
         return self.dense_form(matrix)
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros in the structured weight."""
-        return 1.0 - self.values.numel() / self.shape.numel
 
     @property
     def soft_permutation(self) -> SinkhornPermutation | None:
@@ -137,9 +130,7 @@ class SparseLayer(nn.Module):
         if permutation is not None and inside:
             x = permutation(x)
         late_bias = permutation is not None and not inside
-        y: Tensor = LINEAR[self.structure.name](
-            x, values, self.indices, None if late_bias else bias, self.shape.out_features
-        )
+        y = self.structured(x, values, None if late_bias else bias)
         if self.recorder is not None and torch.is_grad_enabled():
             y = self.recorder(y, x)
         if permutation is not None and not inside:
@@ -165,11 +156,17 @@ class SparseLayer(nn.Module):
             # In place: torch hands each module a copy of its own, and children read from it next.
             del state_dict[f"{prefix}weight"]
             matrix = self._undo_permutation(self._matrix_from(dense))
-            state_dict[f"{prefix}values"] = self.structure.pack(matrix, self.indices)
+            state_dict[f"{prefix}values"] = self.pack(matrix)
             state_dict[f"{prefix}indices"] = self.indices
+            if self.rows is not None:
+                state_dict[f"{prefix}rows"] = self.rows
+            if self.selection is not None:
+                for name, tensor in self.selection.state_dict().items():
+                    state_dict.setdefault(f"{prefix}selection.{name}", tensor)
             if self.permutation is not None:
                 for name, tensor in self.permutation.state_dict().items():
                     state_dict.setdefault(f"{prefix}permutation.{name}", tensor)
+        self._load_rows(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _matrix_from(self, dense: Tensor) -> Tensor:

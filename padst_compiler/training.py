@@ -1,10 +1,9 @@
 """Dynamic sparse training around any optimiser: masks move, permutations harden, after ``step()``.
 
-1. Update: every layer drops its weakest units and grows others (``growth``), in place. A grown unit
-   starts at zero, with a zero optimiser state. RigL and SRigL replace the gradient step by the
-   update; here it follows the step, so that every optimiser works unchanged.
+1. Update: a growth method (``methods``) moves every topology. A grown unit starts at zero, with a
+   zero optimiser state.
 2. Check: a soft permutation that satisfies ``GapRule`` is sharpened, and becomes an index map.
-3. RigL: where the next step ends in an update, recorders are armed for its backward passes.
+3. Where the method needs gradients for the next step's update, recorders are armed.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from padst_compiler import growth
 from padst_compiler.hardening import Hardening, controllable, harden
 from padst_compiler.layers import SparseLayer
+from padst_compiler.memory import Memory
+from padst_compiler.methods import METHODS, Job, Method
+from padst_compiler.methods.base import as_method, untrusted
 from padst_compiler.recorder import Recorder
 from padst_compiler.schedule import Schedule
 
@@ -30,7 +31,8 @@ class Event(TypedDict):
     """One layer at one update or check.
 
     ``gap`` is that of the worst row or column, ``penalty`` is P(M) / (2 N) without lambda, both
-    None where nothing is soft; ``churn`` is the share of units that changed.
+    None where nothing is soft; ``churn`` is the share of units that changed; ``ablated`` is the
+    number of neurons that are out now.
     """
 
     step: int
@@ -39,6 +41,7 @@ class Event(TypedDict):
     penalty: float | None
     churn: float
     hardened: bool
+    ablated: int
 
 
 class DynamicSparsity:
@@ -51,7 +54,7 @@ class DynamicSparsity:
     Args:
         model: holds sparse layers; one with frozen ``values`` keeps its mask.
         optimizer: any that holds the layers' ``values``.
-        method: "rigl" grows by the dense gradient, "set" at random.
+        method: a name of ``methods.METHODS``, or a method with options: ``SRigL(ablation=False)``.
         total_steps: length of the training in optimiser steps.
         update_every: steps between updates of the masks.
         drop_fraction: share dropped at step 0, by cosine to 0 at ``end``; 0 keeps the masks.
@@ -82,7 +85,7 @@ class DynamicSparsity:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        method: str = "rigl",
+        method: Method | str = "rigl",
         *,
         total_steps: int,
         update_every: int = 100,
@@ -94,23 +97,26 @@ class DynamicSparsity:
         seed: int = 0,
     ) -> None:
         """Check everything, then attach."""
-        if method not in growth.METHODS:
-            raise ValueError(f"Expected method 'rigl' or 'set'. Got {method!r}. Use 'rigl'.")
         every = update_every if harden_every is None else harden_every
+        self.method = as_method(method, METHODS)
         self.schedule = Schedule(
             total_steps, update_every, drop_fraction, end, penalty_weight, every
         )
         self._layers = controllable(model, optimizer)
-        self.method, self.keep_state, self.step_count = method, keep_state, 0
+        if refusal := self.method.refusal(self._layers):
+            raise ValueError(refusal)
+        self.keep_state, self.step_count = keep_state, 0
         self.history: list[Event] = []
-        self._optimizer = optimizer
+        self._memory = Memory(optimizer, keep_state)
         self._generator = torch.Generator().manual_seed(seed)
         self._lambda = torch.zeros(())  # a tensor: a compiled loss must not be compiled again
         self._recorders: dict[str, Recorder] = {}
         self._hardening = Hardening(self._layers, optimizer)
         for name, layer in self._layers.items():
-            if method == "rigl" and layer.values.requires_grad:
-                layer.recorder = self._recorders[name] = Recorder(layer)
+            if self.method.records and layer.values.requires_grad:
+                room = self.method.record(layer, self.schedule)
+                layer.recorder = self._recorders[name] = Recorder(layer, *room)
+        self.method.advance(self._layers, 0, self.schedule)
         self._arm()
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -120,11 +126,13 @@ class DynamicSparsity:
         P(M) sums ``l1 - l2`` over N rows and N columns. Divided by 2 N it is their mean gap, below
         1 for every width; then the mean over the layers that are still soft. So the penalty stays
         below ``penalty_weight``, which compares with a task loss of the order of 1. The scalar is
-        zero, on the model's device, where nothing is soft.
+        zero, on the model's device, where nothing is soft. What the method adds comes on top.
         """
-        if not self._hardening.soft:
-            return torch.zeros((), device=next(iter(self._layers.values())).values.device)
-        return self._hardening.penalty() * self._lambda
+        total = torch.zeros((), device=next(iter(self._layers.values())).values.device)
+        if self._hardening.soft:
+            total = self._hardening.penalty() * self._lambda
+        extra = self.method.penalty(self._layers)
+        return total if extra is None else total + extra.to(total.device)
 
     def detach(self) -> None:
         """Let go of model and optimiser; masks and permutations stay as they are."""
@@ -141,6 +149,7 @@ class DynamicSparsity:
             "step": self.step_count,
             "generator": self._generator.get_state(),
             "soft": self._hardening.state_dict(),
+            "layers": {name: layer.size() for name, layer in self._layers.items()},
             "recorders": {n: {k: t.clone() for k, t in r.named_buffers()} for n, r in seen.items()},
             "history": [event.copy() for event in self.history],
         }
@@ -148,8 +157,8 @@ class DynamicSparsity:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; call it *before* the model's and the optimiser's own.
 
-        Layers that were hard harden here, so that the two others find the tensors and groups that
-        were saved; the index maps themselves come with the model's state.
+        Layers that were hard harden here, and storage that had shrunk shrinks, so that the two
+        others find the tensors and groups that were saved; the numbers come with these states.
 
         Raises:
             ValueError: ``state`` belongs to another run; nothing was changed.
@@ -163,23 +172,35 @@ class DynamicSparsity:
                     "Construct DynamicSparsity as the run that was saved did."
                 )
         self._hardening.load_state_dict(state["soft"])
+        for name, size in state["layers"].items():
+            if (selection := self._layers[name].resize(*size)) is not None:
+                self._memory.drop(selection.alpha)
         self.step_count, self.history = state["step"], [event.copy() for event in state["history"]]
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._generator.set_state(state["generator"].cpu())
+        self.method.advance(self._layers, self.step_count, self.schedule)
         self._arm()
         for name, saved in state["recorders"].items():
             for key, tensor in self._recorders[name].named_buffers():
                 tensor.copy_(saved[key])
 
     def _settings(self) -> dict[str, Any]:
-        own = {"method": self.method, "keep_state": self.keep_state, "layers": list(self._layers)}
+        own = {
+            "method": repr(self.method),
+            "keep_state": self.keep_state,
+            "layers": list(self._layers),
+        }
         return asdict(self.schedule) | own
 
     def _records_next(self) -> bool:
-        return self.method == "rigl" and self.schedule.updates_at(self.step_count + 1)
+        return self.method.records and self.method.updates_at(self.step_count + 1, self.schedule)
 
     def _arm(self) -> None:
-        for recorder in self._recorders.values():
+        """Arm the recorders where the next step ends in an update, in the layers' present sizes."""
+        for name, recorder in self._recorders.items():
+            room = self.method.record(self._layers[name], self.schedule)
+            if not recorder.fits(*room):
+                recorder.fit(*room)
             recorder.arm() if self._records_next() else recorder.disarm()
 
     @torch.no_grad()
@@ -191,60 +212,39 @@ class DynamicSparsity:
         self.step_count += 1
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._hardening.sharpen(*self.schedule.sharpening_at(self.step_count))
-        update = self.schedule.updates_at(self.step_count)
+        self.method.advance(self._layers, self.step_count, self.schedule)
+        update = self.method.updates_at(self.step_count, self.schedule)
         if update or self.schedule.checks_at(self.step_count):
             for name, layer in self._layers.items():
                 self._visit(name, layer, update and layer.values.requires_grad)
-        if update or self._records_next():
+        if self._recorders and (update or self._records_next()):
             self._arm()
 
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
         soft = name in self._hardening.soft
-        if not (update or soft):
+        churn = self._move(name, layer) if update else None
+        if churn is None and not soft:
             return
-        churn = self._move(name, layer) if update else 0.0
         gap, penalty = self._hardening.look(name) if soft else (None, None)
         due = self.schedule.checks_at(self.step_count)
-        hardened = gap is not None and due and self._hardening.settle(name, gap)
-        self.history.append(
-            Event(
-                step=self.step_count,
-                layer=name,
-                gap=gap,
-                penalty=penalty,
-                churn=churn,
-                hardened=hardened,
-            )
+        event = Event(
+            step=self.step_count,
+            layer=name,
+            gap=gap,
+            penalty=penalty,
+            churn=churn or 0.0,
+            hardened=gap is not None and due and self._hardening.settle(name, gap),
+            ablated=layer.ablated,
         )
+        self.history.append(event)
 
-    def _move(self, name: str, layer: SparseLayer) -> float:
-        """Drop and grow units of one layer; return the share that changed."""
-        structure, shape = layer.structure, layer.shape
-        slots = structure.slots(layer.indices, shape)
-        scores = structure.slot_scores(layer.values, shape)
-        n_drop = int(self.schedule.drop_at(self.step_count) * slots.numel())
-        if self.method == "set":
-            candidates = structure.table(shape)[1]
-            new = growth.set_(scores, slots, n_drop, candidates, self._generator)
-        else:
-            seen = self._recorders[name]
-            if not seen.has_seen:
-                warnings.warn(
-                    f"Expected gradients in {name or 'the model'}. Got none that is finite. "
-                    "Its mask stays; call the layer itself, not F.linear on its weight.",
-                    stacklevel=2,
-                )
-            new = growth.rigl(scores, slots, n_drop, seen.candidates, seen.gains, seen.active)
-        layer.indices.copy_(new.slots.view(layer.indices.shape))
-        self._forget(layer.values, new.changed)
-        return new.changed.float().mean().item()
-
-    def _forget(self, values: nn.Parameter, changed: Tensor) -> None:
-        """Zero the values at changed slots, and what the optimiser remembers of them."""
-        size = values.numel() // changed.numel()
-        mask = changed[..., None].expand(*changed.shape, size).reshape(values.shape)
-        state = {} if self.keep_state else self._optimizer.state.get(values, {})
-        for tensor in (values, values.grad, *state.values()):
-            if isinstance(tensor, Tensor) and tensor.shape == values.shape:
-                tensor.masked_fill_(mask.to(tensor.device), 0)
+    def _move(self, name: str, layer: SparseLayer) -> float | None:
+        """Let the method move one layer, unless its gradients cannot be trusted."""
+        seen = self._recorders.get(name)
+        if reason := untrusted(layer, seen):
+            where = f"{name or 'the model'} at step {self.step_count}"
+            warnings.warn(reason[1].format(where), reason[0], stacklevel=2)
+            return 0.0
+        now = (self.schedule, self.step_count, self._generator, name == list(self._layers)[-1])
+        return self.method.move(Job(name, layer, self._memory, seen, *now))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from padst_compiler import recorder as recorder_module
+from padst_compiler import watch as watch_module
 from padst_compiler.layers import SparseLayer, SparseLinear
 from padst_compiler.permutation import SinkhornPermutation
 from padst_compiler.recorder import Recorder
@@ -52,7 +52,7 @@ def check_recorded(recorder: Recorder, active: Tensor, others: Tensor) -> None:
 def test_it_records_the_best_of_the_dense_gradient(
     kind: type[Structure], shape: tuple[int, int], slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_module, "SLAB", slab)
+    monkeypatch.setattr(watch_module, "SLAB", slab)
     layer, recorder = make(kind(), *shape)
     x = torch.randn(3, 5, shape[1], dtype=torch.float64)
     grad = torch.randn(3, 5, shape[0], dtype=torch.float64)
@@ -89,12 +89,12 @@ def test_the_dense_gradient_exists_in_slabs_only(
                 largest = max(largest, result.numel())
             return result
 
-    monkeypatch.setattr(recorder_module, "SLAB", 2**15)
+    monkeypatch.setattr(watch_module, "SLAB", 2**15)
     recorder.arm()
     grad, x = torch.randn(4, 1024).double(), torch.randn(4, 512).double()
-    seen = (recorder.candidates, recorder.gains, recorder.active)
+    seen = tuple(recorder.buffers())
     with Watch():  # type: ignore[no-untyped-call]
-        recorder_module._observe(*seen, recorder.armed, grad, x, layer.indices, kind.name)
+        torch.ops.padst.observe(*seen, recorder.armed, grad, x, layer.indices, kind.name)
     # A slab, a column to spare, the kept units merged with it; of 2**19 weights.
     assert largest <= 2**15 + recorder.gains.numel() + layer.shape.out_features
 
@@ -102,7 +102,7 @@ def test_the_dense_gradient_exists_in_slabs_only(
 def test_what_it_keeps_is_in_the_order_of_the_kept_units() -> None:
     layer, recorder = make(FanIn(), 256, 512, sparsity=0.9)
     kept = sum(buffer.numel() for buffer in recorder.buffers())
-    assert kept == 3 * layer.values.numel()
+    assert kept == 3 * layer.values.numel() + 1
 
 
 def test_the_state_dict_and_the_parameters_stay_as_they_were() -> None:
@@ -200,17 +200,39 @@ def test_a_recorder_at_rest_costs_eager_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_gains_that_are_not_finite_are_left_out(bad: float) -> None:
+def test_a_pass_that_is_not_finite_wipes_the_record(bad: float) -> None:
     layer, recorder = make(FanIn(k=2), 3, 8)
     x, grad = torch.rand(4, 8).double() + 1, torch.ones(4, 3).double()
-    x[2, 5] = bad
+    poisoned = x.clone()
+    poisoned[2, 5] = bad
     recorder.arm()
     layer(x).backward(grad)
-    assert bool(recorder.gains.isfinite().all())
-    assert not bool((recorder.candidates == 5).any())
+    layer(poisoned).backward(grad)
+    assert recorder.is_poisoned and not recorder.has_seen
+    assert bool(recorder.gains.isneginf().all()) and not bool(recorder.active.any())
+    layer(x).backward(grad)  # the next pass starts anew
+    assert recorder.has_seen and not recorder.is_poisoned
+    check_recorded(recorder, *at_slots(layer, dense_scores(layer, x, grad)))
+
+
+def test_wide_lists_and_the_largest_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "SLAB", 40)
+    layer, _ = make(NM(m=8, n=2), 16, 32)
+    recorder = Recorder(layer, width=5, top=70)
+    layer.recorder = recorder
     recorder.arm()
-    layer(x).backward(grad * torch.nan)
-    assert bool(recorder.gains.isneginf().all()) and not recorder.has_seen
+    total = torch.zeros(64, 8)
+    for _ in range(2):
+        x, grad = torch.randn(5, 32).double(), torch.randn(5, 16).double()
+        layer(x).backward(grad)
+        total += dense_scores(layer, x, grad)
+    active, _ = at_slots(layer, total)
+    torch.testing.assert_close(recorder.active, active)
+    recorder.arm()
+    layer(x).backward(grad)
+    once = dense_scores(layer, x, grad)
+    torch.testing.assert_close(recorder.top, once.flatten().topk(70).values)
+    check_recorded(recorder, *at_slots(layer, once))
 
 
 def test_it_reads_what_the_structure_reads_behind_a_permutation() -> None:
@@ -255,7 +277,7 @@ def test_the_operators_are_sound() -> None:
     layer, recorder = make(FanIn(), 8, 16)
     recorder.arm()
     x, y = torch.randn(5, 16), torch.randn(5, 8, requires_grad=True)
-    seen = (recorder.candidates, recorder.gains, recorder.active)
+    seen = tuple(recorder.buffers())
     ops = torch.ops.padst
     rest = (y.detach(), x, layer.indices, "fan_in")
     torch.library.opcheck(ops.observe.default, (*seen, recorder.armed, *rest))

@@ -1,0 +1,24 @@
+"""Growth methods: how masks move while a model trains. One file each; ``METHODS`` names them."""
+
+from __future__ import annotations
+
+from padst_compiler.methods.base import Job, Method, NonFiniteGradientWarning
+from padst_compiler.methods.mest import Mest
+from padst_compiler.methods.rigl import RigL
+from padst_compiler.methods.set import SET
+from padst_compiler.methods.srigl import SRigL
+from padst_compiler.methods.static import Static
+
+__all__ = [
+    "METHODS",
+    "SET",
+    "Job",
+    "Mest",
+    "Method",
+    "NonFiniteGradientWarning",
+    "RigL",
+    "SRigL",
+    "Static",
+]
+
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (RigL, SRigL, SET, Mest, Static)}
