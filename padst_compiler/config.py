@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from padst_compiler.distribution import DISTRIBUTIONS
+from padst_compiler.relaxations.spelling import parse as parse_permutation
 from padst_compiler.structures import STRUCTURES, Structure
 from padst_compiler.text import suggest
 
@@ -15,7 +16,6 @@ __all__ = ["ConfigMap", "SparseConfig", "describe", "parse_structure"]
 
 VERSION = 1
 _CHOICES = {
-    "permutation": ("none", "random", "learned"),
     "side": ("auto", "input", "output"),
     "distribution": tuple(DISTRIBUTIONS),
 }
@@ -32,11 +32,15 @@ class SparseConfig:
     Args:
         structure: the family of masks, as ``parse_structure`` reads it.
         sparsity: fraction of zeros, ``0 <= sparsity < 1``; a structure's own sizes (2:4) win.
-        permutation: "none", "random" (fixed) or "learned".
+        permutation: "none", "random" (fixed), "learned" (full logits, low rank for wide sides), or
+            a form of ``relaxations``: "sinkhorn", "gumbel", "autoshuffle", "low_rank",
+            "low_rank:16", "clos", "clos:2", "blockwise", "blockwise:64".
         side: where the permutation acts: "input", "output", or "auto" for the narrower one.
         distribution: "uniform" or "erk", over all layers with this same config.
         seed: of the random masks and permutations; together with a layer's name it decides them.
         force_permutation: learn a permutation even where the structure leaves it nothing to learn.
+        share: let layers of this config that read the same tensor (q, k, v; gate, up), and permute
+            it on their input side, learn one permutation together; needs ``example_inputs``.
         version: of this format, in checkpoints.
 
     Raises:
@@ -55,6 +59,7 @@ class SparseConfig:
     distribution: str = "uniform"
     seed: int = 0
     force_permutation: bool = False
+    share: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -70,6 +75,12 @@ class SparseConfig:
                 "Sparsity is the fraction of zeros: use 0.9 for 90 %."
             )
         object.__setattr__(self, "sparsity", float(self.sparsity))
+        parse_permutation(self.permutation)
+        for field in ("force_permutation", "share"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(
+                    f"Expected True or False as {field}. Got {getattr(self, field)!r}. Use True."
+                )
         for field, known in _CHOICES.items():
             value = getattr(self, field)
             if value not in known:

@@ -1,7 +1,7 @@
 """Sparse layers: ``y = S (P x) + b`` in the place of a linear layer, with its name, hooks and mode.
 
-A dense module is converted by changing its class, so references to it, its hooks and its attributes
-stay. The trainable Parameter is ``values`` (nnz numbers); ``weight`` reads as the effective dense
+A dense module is converted by changing its class, so references to it, hooks and attributes stay.
+The trainable Parameter is ``values`` (nnz numbers); ``weight`` reads as the effective dense
 weight, so code that uses ``layer.weight`` directly computes with the right numbers.
 """
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from padst_compiler.ops import LINEAR
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
+from padst_compiler.soft_product import folded_weight
 from padst_compiler.structures import Shape, Structure
 
 __all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
@@ -104,21 +106,21 @@ class SparseLayer(nn.Module):
         return 1.0 - self.values.numel() / self.shape.numel
 
     @property
-    def soft_permutation(self) -> SinkhornPermutation | None:
+    def soft_permutation(self) -> SoftPermutation | None:
         """The permutation while it is soft, else None."""
-        return self.permutation if isinstance(self.permutation, SinkhornPermutation) else None
+        return self.permutation if isinstance(self.permutation, SoftPermutation) else None
 
     def harden(self) -> None:
         """Replace a soft permutation by its index map; nothing else changes."""
         soft = self.soft_permutation
         if soft is not None:
-            self.permutation = FixedPermutation(soft.harden(), soft.logits.device)
+            self.permutation = FixedPermutation(soft.harden(), next(soft.parameters()).device)
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``S (P x) + b`` for tokens ``x (..., i)``.
 
         Raises:
-            ValueError: ``x`` has another width than the layer.
+            ValueError: ``x`` has another width.
         """
         if x.shape[-1] != self.shape.in_features:
             raise ValueError(
@@ -131,6 +133,8 @@ class SparseLayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        if (folded := folded_weight(self, x, values)) is not None:
+            return F.linear(x, folded, bias)
         permutation, inside = self.permutation, self.side == "input"
         if permutation is not None and inside:
             x = permutation(x)

@@ -60,6 +60,7 @@ class DynamicSparsity:
         harden_every: steps between looks at soft permutations; by default ``update_every``.
         keep_state: keep the optimiser's state at slots whose unit changed.
         seed: of the private generator; no global one is touched.
+        penalty, hardening, anneal: as ``Schedule`` takes them.
 
     Raises:
         ValueError: nothing to control, a second controller, or a number out of range.
@@ -92,22 +93,24 @@ class DynamicSparsity:
         harden_every: int | None = None,
         keep_state: bool = False,
         seed: int = 0,
+        penalty: str = "ramp",
+        hardening: str = "gap",
+        anneal: float | None = None,
     ) -> None:
         """Check everything, then attach."""
         if method not in growth.METHODS:
             raise ValueError(f"Expected method 'rigl' or 'set'. Got {method!r}. Use 'rigl'.")
         every = update_every if harden_every is None else harden_every
-        self.schedule = Schedule(
-            total_steps, update_every, drop_fraction, end, penalty_weight, every
-        )
+        lengths = (total_steps, update_every, drop_fraction, end, penalty_weight, every)
+        self.schedule = Schedule(*lengths, penalty, hardening, anneal)
         self._layers = controllable(model, optimizer)
         self.method, self.keep_state, self.step_count = method, keep_state, 0
         self.history: list[Event] = []
         self._optimizer = optimizer
         self._generator = torch.Generator().manual_seed(seed)
-        self._lambda = torch.zeros(())  # a tensor: a compiled loss must not be compiled again
+        self._lambda = torch.tensor(self.schedule.penalty_at(0))  # a tensor: compiled once
         self._recorders: dict[str, Recorder] = {}
-        self._hardening = Hardening(self._layers, optimizer)
+        self._hardening = Hardening(self._layers, optimizer, self.schedule)
         for name, layer in self._layers.items():
             if method == "rigl" and layer.values.requires_grad:
                 layer.recorder = self._recorders[name] = Recorder(layer)
@@ -125,6 +128,10 @@ class DynamicSparsity:
         if not self._hardening.soft:
             return torch.zeros((), device=next(iter(self._layers.values())).values.device)
         return self._hardening.penalty() * self._lambda
+
+    def soft_fraction(self) -> dict[str, float]:
+        """Return by layer the share of the steps so far that it spent with a soft permutation."""
+        return self._hardening.soft_fraction(self.step_count)
 
     def detach(self) -> None:
         """Let go of model and optimiser; masks and permutations stay as they are."""
@@ -190,7 +197,7 @@ class DynamicSparsity:
             return
         self.step_count += 1
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
-        self._hardening.sharpen(*self.schedule.sharpening_at(self.step_count))
+        self._hardening.after_step(self.step_count)
         update = self.schedule.updates_at(self.step_count)
         if update or self.schedule.checks_at(self.step_count):
             for name, layer in self._layers.items():
@@ -204,19 +211,14 @@ class DynamicSparsity:
         if not (update or soft):
             return
         churn = self._move(name, layer) if update else 0.0
-        gap, penalty = self._hardening.look(name) if soft else (None, None)
-        due = self.schedule.checks_at(self.step_count)
-        hardened = gap is not None and due and self._hardening.settle(name, gap)
-        self.history.append(
-            Event(
-                step=self.step_count,
-                layer=name,
-                gap=gap,
-                penalty=penalty,
-                churn=churn,
-                hardened=hardened,
-            )
+        look = self._hardening.look(name) if soft else None
+        due = look is not None and self.schedule.checks_at(self.step_count)
+        done = bool(look and due and self._hardening.settle(name, look, self.step_count))
+        gap, penalty = look or (None, None)
+        event = Event(
+            step=self.step_count, layer=name, gap=gap, penalty=penalty, churn=churn, hardened=done
         )
+        self.history.append(event)
 
     def _move(self, name: str, layer: SparseLayer) -> float:
         """Drop and grow units of one layer; return the share that changed."""
