@@ -5,7 +5,9 @@ The file holds every tensor of ``model.state_dict()`` and, as JSON under one met
     format, version
     aliases   {name: the name that its numbers stand under}
     layers    [{names, kind, dims, structure, shape, side, dtype, config,
-                permutation: {kind: none | fixed | soft, temperature, iterations}}]
+                permutation: {kind: none | fixed | soft, form, settings}}]
+
+Version 1 knew full Sinkhorn logits alone, and had ``temperature, iterations`` in that header.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from torch import Tensor, nn
 
 from padst_compiler.convert import from_description, to_description
 from padst_compiler.layers import SparseLayer
-from padst_compiler.permutation import SinkhornPermutation
+from padst_compiler.permutation import Permutation
 from padst_compiler.sites import Site, discover
 from padst_compiler.tensors import is_plain, storage_key
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
-FORMAT, VERSION = "padst_compiler", 1
+FORMAT, VERSION = "padst_compiler", 2
 
 _DAMAGED = "The file is damaged: take another copy."
 _ODD = (ArithmeticError, AttributeError, LookupError, TypeError)  # what a strange header may cause
@@ -110,6 +112,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with _unchanged_on_error(model):
         try:
             tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
+            if header["version"] == 1:
+                _upgrade(header, tensors)
             _convert(sites, header, tensors)
             _check(model, tensors)
         except ValueError as error:
@@ -178,12 +182,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"Expected {need}. Got {path}: {error}. {_DAMAGED}") from error
 
 
+def _upgrade(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the soft permutations of version 1 as those of version 2."""
+    for fields in header["layers"]:
+        held = fields["permutation"]
+        if held["kind"] == "soft":
+            prefix = f"{fields['names'][0]}.permutation.".lstrip(".")
+            temperature, logits = torch.tensor(held["temperature"]), tensors[f"{prefix}logits"]
+            tensors[f"{prefix}temperature"] = temperature.to(logits.dtype)
+            held |= {"form": "sinkhorn", "settings": {"iterations": held["iterations"]}}
+
+
 def _convert(
     sites: Mapping[str, Site], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Make the layers of the model those of the file."""
     left = {name for name, site in sites.items() if site.kind == "sparse"}
-    shared: dict[str, SinkhornPermutation] = {}
+    shared: dict[str, Permutation] = {}
     for fields in header["layers"]:
         name = fields["names"][0]
         left -= set(fields["names"])
@@ -194,9 +209,9 @@ def _convert(
         except _ODD as error:
             need = f"a whole description of layer {name!r}"
             raise ValueError(f"Expected {need}. Got {error!r}. {_DAMAGED}") from error
-        if (soft := layer.soft_permutation) is not None:  # several layers may learn one together
-            key = f"{name}.permutation.logits".lstrip(".")
-            layer.permutation = shared.setdefault(header["aliases"].get(key, key), soft)
+        if (held := layer.permutation) is not None:  # several layers may have one together
+            key = f"{name}.permutation.{next(iter(held.state_dict()))}".lstrip(".")
+            layer.permutation = shared.setdefault(header["aliases"].get(key, key), held)
     cure = "Load into the model before it is sparsified, or into to_dense(model)."
     _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)
 

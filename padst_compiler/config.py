@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from padst_compiler.distribution import DISTRIBUTIONS
+from padst_compiler.relaxations.spelling import parse as parse_permutation
 from padst_compiler.structures import STRUCTURES, Diagonal, Structure
 from padst_compiler.text import suggest
 
@@ -15,7 +16,6 @@ __all__ = ["ConfigMap", "SparseConfig", "describe", "parse_structure"]
 
 VERSION = 1
 _CHOICES = {
-    "permutation": ("none", "random", "learned", "magnitude"),
     "init": ("random", "magnitude"),
     "side": ("auto", "input", "output"),
     "distribution": tuple(DISTRIBUTIONS),
@@ -33,7 +33,9 @@ class SparseConfig:
     Args:
         structure: the family of masks, as ``parse_structure`` reads it.
         sparsity: fraction of zeros, ``0 <= sparsity < 1``; a structure's own sizes (2:4) win.
-        permutation: "none", "random" (fixed) or "learned".
+        permutation: "none", "random" (fixed), "learned" (full logits, low rank for wide sides), or
+            a form of ``relaxations``: "sinkhorn", "gumbel", "autoshuffle", "low_rank",
+            "low_rank:16", "clos", "clos:2", "blockwise", "blockwise:64".
         side: where the permutation acts: "input", "output", or "auto" for the narrower one.
         distribution: "uniform" or "erk", over all layers with this same config.
         seed: of the random masks and permutations; together with a layer's name it decides them.
@@ -44,6 +46,8 @@ class SparseConfig:
         start_sparsity: where method "gmp" starts, 0 with all units; None for ``sparsity`` at once.
         soft: store all units and choose softly among them (DynaDiag); structure "dynadiag" is short
             for "diagonal" with ``soft=True``.
+        share: let layers of this config that read the same tensor (q, k, v; gate, up), and permute
+            it on their input side, learn one permutation together; needs ``example_inputs``.
         version: of this format, in checkpoints.
 
     Raises:
@@ -65,6 +69,7 @@ class SparseConfig:
     init: str = "random"
     start_sparsity: float | None = None
     soft: bool = False
+    share: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -83,6 +88,12 @@ class SparseConfig:
                 "Sparsity is the fraction of zeros: use 0.9 for 90 %."
             )
         object.__setattr__(self, "sparsity", float(self.sparsity))
+        parse_permutation(self.permutation)
+        for field in ("force_permutation", "share"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(
+                    f"Expected True or False as {field}. Got {getattr(self, field)!r}. Use True."
+                )
         for field, known in _CHOICES.items():
             value = getattr(self, field)
             if value not in known:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from padst_compiler.config import SparseConfig, describe, parse_structure
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
+from padst_compiler.relaxations.spelling import read_back
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
 from padst_compiler.storage import width_of
@@ -68,7 +69,7 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
     soft = layer.soft_permutation
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
     if soft is not None:
-        state = {"kind": "soft", "temperature": soft.temperature, "iterations": soft.iterations}
+        state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
     return {
         "names": list(names),
         "kind": next(word for word, kind in _KINDS.items() if isinstance(layer, kind)),
@@ -228,25 +229,36 @@ def _permutation(
         same = isinstance(present, FixedPermutation) and present.size == size
         return present if same else FixedPermutation(index_map, device)
     if fields["kind"] == "soft":
-        logits, shape = tensors[f"{prefix}permutation.logits"], (size, size)
-        _require(tuple(logits.shape) == shape, f"logits {shape}", tuple(logits.shape), _DAMAGED)
-        temperature, iterations = float(fields["temperature"]), int(fields["iterations"])
-        fine = 0.0 < temperature < float("inf") and iterations > 0
-        _require(fine, "a temperature and iterations above 0", dict(fields), _DAMAGED)
-        if isinstance(present, SinkhornPermutation) and present.size == size:
-            present.temperature, present.iterations = temperature, iterations
-            return present
-        soft = SinkhornPermutation(
-            size,
-            torch.Generator(),
-            temperature=temperature,
-            iterations=iterations,
-            device=device,
-        ).to(logits.dtype)
-        soft.logits.requires_grad_(layer.values.requires_grad)  # a frozen layer stays frozen
-        return soft
+        return _soft(layer, fields, size, f"{prefix}permutation.", tensors)
     _require(fields["kind"] == "none", "a permutation none, fixed or soft", dict(fields), _DAMAGED)
     return None
+
+
+def _soft(
+    layer: SparseLayer,
+    fields: Mapping[str, Any],
+    size: int,
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+) -> SoftPermutation:
+    """Return a soft permutation of the file's form; the present one where it is such a one."""
+    present, settings = layer.soft_permutation, dict(fields["settings"])
+    alike = present is not None and (present.name, present.size) == (fields["form"], size)
+    if present is not None and alike and present.settings() == settings:
+        soft = present
+    else:
+        soft = read_back(fields["form"], size, settings)
+        names = [n for n, _ in soft.named_parameters()]
+        soft = soft.to(layer.values.device, tensors[f"{prefix}{names[0]}"].dtype)
+        soft.requires_grad_(layer.values.requires_grad)  # a frozen layer stays frozen
+    for name, ours in soft.state_dict().items():
+        theirs = tensors[f"{prefix}{name}"]
+        shapes = tuple(ours.shape), tuple(theirs.shape)
+        _require(shapes[0] == shapes[1], f"{name} {shapes[0]}", shapes[1], _DAMAGED)
+        if theirs.dim() == 0:
+            fine = bool(theirs.isfinite()) and float(theirs) > 0.0
+            _require(fine, f"a {name} above 0", theirs.item(), _DAMAGED)
+    return soft
 
 
 def _require(ok: bool, need: str, got: object, cure: str) -> None:

@@ -8,6 +8,7 @@ from padst_compiler.config import SparseConfig
 from padst_compiler.distribution import DISTRIBUTIONS
 from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import FixedPermutation
+from padst_compiler.relaxations.spelling import is_learned, resolve
 from padst_compiler.sites import Site
 from padst_compiler.structures import Shape, Structure
 
@@ -41,6 +42,7 @@ def decide(sites: Sequence[Site]) -> None:
         shares = DISTRIBUTIONS[config.distribution]([s for _, s in members], config.sparsity)
         for (site, shape), sparsity in zip(members, shares, strict=True):
             _decide(site, shape, config, sparsity)
+    _share(sites)
 
 
 def as_refusal(site: Site) -> str:
@@ -75,10 +77,13 @@ def _decide(site: Site, shape: Shape, config: SparseConfig, sparsity: float) -> 
             f"sparsity {sparsity:.3g} keeps {kept} of {candidates} candidates: all of them"
         )
         return
+    permutation, side, missing = _permute(config, structure, shape)
+    if refusal := _cannot_permute(permutation, side, shape):
+        site.refused, site.reason = True, refusal
+        return
     site.structure, site.sparsity, site.kept = structure, sparsity, kept
     site.actual_sparsity = structure.actual_sparsity(shape, kept)
-    site.decision = "sparse"
-    site.permutation, site.side, missing = _permute(config, structure, shape)
+    site.decision, site.permutation, site.side = "sparse", permutation, side
     site.reason = "; ".join(filter(None, [missing, site.note]))
 
 
@@ -91,9 +96,31 @@ def _permute(config: SparseConfig, structure: Structure, shape: Shape) -> tuple[
         if shape.out_features < shape.in_features:
             narrow, wide = wide, narrow
         side = wide if narrow in vacuous and wide not in vacuous else narrow
-    if config.permutation == "learned" and side in vacuous and not config.force_permutation:
+    if is_learned(config.permutation) and side in vacuous and not config.force_permutation:
         return "none", side, f"{structure.name} absorbs every {side} permutation: nothing to learn"
     return config.permutation, side, ""
+
+
+def _cannot_permute(permutation: str, side: str, shape: Shape) -> str | None:
+    if not is_learned(permutation):
+        return None
+    size = shape.in_features if side == "input" else shape.out_features
+    kind, option = resolve(permutation, size)
+    return kind.refusal(size, option)
+
+
+def _share(sites: Sequence[Site]) -> None:
+    """Let sites of one config that read the same tensor permute it together."""
+    leaders: dict[tuple[object, ...], str] = {}
+    for site in sites:
+        if site.config is None or not site.config.share or site.decision != "sparse":
+            continue
+        if site.module is None or site.kind == "sparse" or site.permutation == "none":
+            continue
+        if site.side == "input" and site.reads:
+            key = (site.config, site.permutation, site.permuted_size, site.reads)
+            leader = leaders.setdefault(key, site.name)
+            site.shares = "" if leader == site.name else leader
 
 
 def _describe_sparse(site: Site, layer: SparseLayer) -> None:

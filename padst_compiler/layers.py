@@ -1,7 +1,7 @@
 """Sparse layers: ``y = S (P x) + b`` in the place of a linear layer, with its name, hooks and mode.
 
-A dense module is converted by changing its class, so references to it, its hooks and its attributes
-stay. The trainable Parameter is ``values`` (nnz numbers); ``weight`` reads as the effective dense
+A dense module is converted by changing its class, so references to it, hooks and attributes stay.
+The trainable Parameter is ``values`` (nnz numbers); ``weight`` reads as the effective dense
 weight, so code that uses ``layer.weight`` directly computes with the right numbers.
 """
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
+from padst_compiler.soft_product import folded_weight
 from padst_compiler.storage import Storage
 from padst_compiler.structures import Shape, Structure
 
@@ -97,15 +99,15 @@ class SparseLayer(Storage):
         return self.dense_form(matrix)
 
     @property
-    def soft_permutation(self) -> SinkhornPermutation | None:
+    def soft_permutation(self) -> SoftPermutation | None:
         """The permutation while it is soft, else None."""
-        return self.permutation if isinstance(self.permutation, SinkhornPermutation) else None
+        return self.permutation if isinstance(self.permutation, SoftPermutation) else None
 
     def harden(self) -> None:
         """Replace a soft permutation by its index map; nothing else changes."""
         soft = self.soft_permutation
         if soft is not None:
-            self.permutation = FixedPermutation(soft.harden(), soft.logits.device)
+            self.permutation = FixedPermutation(soft.harden(), next(soft.parameters()).device)
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``S (P x) + b`` for tokens ``x (..., i)``.
@@ -126,6 +128,8 @@ class SparseLayer(Storage):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        if (folded := folded_weight(self, x, values)) is not None:
+            return F.linear(x, folded, bias)
         permutation, inside = self.permutation, self.side == "input"
         if permutation is not None and inside:
             x = permutation(x)

@@ -1,12 +1,14 @@
 """Permutations of a layer's input or output: soft while they are learned, then index maps.
 
-One contract: ``forward`` applies the permutation to the last axis; a soft one also answers
-``soft()`` (a doubly stochastic matrix), ``penalty()``, ``gap()`` and ``harden()``.
+One contract: ``forward`` applies the permutation to the last axis. A soft one, ``SoftPermutation``,
+also says how far it is from a permutation, and hardens; its parametrisations are in
+``relaxations/``, one file each.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,10 @@ __all__ = [
     "GAP_LIMIT",
     "FixedPermutation",
     "Permutation",
-    "SinkhornPermutation",
+    "SoftPermutation",
     "decode",
     "gaps",
+    "norms",
     "penalty",
     "sinkhorn",
 ]
@@ -35,7 +38,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Return a nearly doubly stochastic matrix: scale columns and rows in turn, in log space.
 
     Args:
-        logits: ``(n, n)``.
+        logits: ``(..., n, n)``.
         iterations: number of column and row steps; rows come last and sum to 1 exactly.
 
     Example:
@@ -44,10 +47,22 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """
     log = logits
     for _ in range(iterations):
-        log = log - log.logsumexp(dim=0, keepdim=True)
-        log = log - log.logsumexp(dim=1, keepdim=True)
+        log = log - log.logsumexp(dim=-2, keepdim=True)
+        log = log - log.logsumexp(dim=-1, keepdim=True)
     matrix: Tensor = log.exp()
     return matrix
+
+
+def norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the l1 and the l2 norm of every row, then of every column: two of ``(2 n,)``.
+
+    Args:
+        matrix: ``(n, n)``, or a batch ``(..., n, n)`` whose norms stand one after the other.
+    """
+    magnitude = matrix.abs()
+    l1 = torch.cat([magnitude.sum(dim=-1).flatten(), magnitude.sum(dim=-2).flatten()])
+    l2 = torch.cat([matrix.norm(dim=-1).flatten(), matrix.norm(dim=-2).flatten()])
+    return l1, l2
 
 
 def penalty(matrix: Tensor) -> Tensor:
@@ -60,18 +75,14 @@ def penalty(matrix: Tensor) -> Tensor:
         >>> round(penalty(torch.full((64, 64), 1 / 64)).item(), 3)
         112.0
     """
-    magnitude = matrix.abs()
-    l1 = magnitude.sum(dim=1).sum() + magnitude.sum(dim=0).sum()
-    l2: Tensor = matrix.norm(dim=1).sum() + matrix.norm(dim=0).sum()
-    return l1 - l2
+    l1, l2 = norms(matrix)
+    return l1.sum() - l2.sum()
 
 
 def gaps(matrix: Tensor) -> Tensor:
     """Return ``1 - l2 / l1`` of every row, then of every column: ``(2 n,)``."""
-    magnitude = matrix.abs()
-    rows = matrix.norm(dim=1) / magnitude.sum(dim=1)
-    columns = matrix.norm(dim=0) / magnitude.sum(dim=0)
-    return 1.0 - torch.cat([rows, columns])
+    l1, l2 = norms(matrix)
+    return 1.0 - l2 / l1
 
 
 def decode(matrix: Tensor) -> IndexMap:
@@ -136,42 +147,50 @@ class FixedPermutation(Permutation):
         return f"{self.size}, hard"
 
 
-class SinkhornPermutation(Permutation):
-    """A soft permutation: ``Sinkhorn(logits / temperature)``, learned with the layer.
+class SoftPermutation(Permutation):
+    """A permutation while it is learned: a point between permutations, with parameters.
 
-    The start is near uniform: an identity start collapses under the penalty (83-100 % fixed
-    points in planted experiments). Noise of one logit keeps pairs of features from staying tied
-    at one half, a saddle of the penalty. ``temperature`` scales the logits so that optimisers may
-    use the learning rate of the weights. Costs ``size^2`` parameters and one ``size x size``
-    product per use while soft.
-
-    Example:
-        >>> soft = SinkhornPermutation(8, torch.Generator().manual_seed(0))
-        >>> soft(torch.ones(2, 8)).shape
-        torch.Size([2, 8])
+    A parametrisation gives ``name``, ``soft``, ``sharpen``, ``harden`` and ``settings``; the rest
+    follows, or is overridden where a cheaper way exists. All its parameters are learned. Numbers
+    that change during the training are tensors, so that a compiled step stays compiled.
     """
 
+    name: ClassVar[str]
+    annealing: ClassVar[float] = 1.0
+    """Factor by which the controller sharpens it between step 0 and the end of the updates."""
+    folds: ClassVar[bool] = False
+    """Whether it may be multiplied into a weight: where ``soft()`` is what ``forward`` costs."""
+    option: ClassVar[str] = ""
+    """The constructor's argument that stands behind the colon in its text form, as in clos:3."""
     is_soft = True
 
-    def __init__(
-        self,
-        size: int,
-        generator: torch.Generator,
-        *,
-        temperature: float = 0.1,
-        iterations: int = 10,
-        noise: float = 1.0,
-        device: torch.device | None = None,
-    ) -> None:
-        """Start near uniform: logits over temperature are normal with deviation ``noise``."""
-        super().__init__()
-        self.size, self.temperature, self.iterations = size, temperature, iterations
-        start = torch.randn(size, size, generator=generator) * (noise * temperature)
-        self.logits = nn.Parameter(start.to(device))
+    @classmethod
+    def refusal(cls, size: int, option: int | None = None) -> str | None:
+        """Return why it cannot permute ``size`` features with the number in its text, or None."""
+        del size, option
+        return None
+
+    @classmethod
+    def count(cls, size: int, option: int | None = None) -> int:
+        """Return how many numbers it learns for ``size`` features."""
+        del option
+        return size * size
 
     def soft(self) -> Tensor:
-        """Return the doubly stochastic matrix M, float32."""
-        return sinkhorn(self.logits.float() / self.temperature, self.iterations)
+        """Return the doubly stochastic matrix M, ``(size, size)``, float32; differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must say its matrix.")
+
+    def sharpen(self, factor: float) -> None:
+        """Move M towards the assignment that it decodes to; ``factor > 1``, in place."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it sharpens.")
+
+    def harden(self) -> IndexMap:
+        """Return the index map: argmax where that is a permutation, else linear assignment."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it hardens.")
+
+    def settings(self) -> dict[str, float]:
+        """Return the constructor's arguments that a file must hold, besides the tensors."""
+        raise NotImplementedError(f"{type(self).__name__} must say its settings.")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``M x`` along the last axis."""
@@ -181,49 +200,40 @@ class SinkhornPermutation(Permutation):
         """Return M."""
         return self.soft()
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Return l1 and l2 of every row, then column, of M; or of its factors, one by one."""
+        return norms(self.soft())
+
     def penalty(self) -> Tensor:
-        """Return P(M), a scalar."""
-        return penalty(self.soft())
+        """Return P(M), a scalar: the sum of ``l1 - l2``."""
+        l1, l2 = self.norms()
+        return l1.sum() - l2.sum()
 
     @torch.no_grad()
+    def gaps(self) -> Tensor:
+        """Return ``1 - l2 / l1`` for each of ``norms()``."""
+        l1, l2 = self.norms()
+        return 1.0 - l2 / l1
+
     def gap(self) -> float:
         """Return the worst gap of any row or column."""
-        return float(gaps(self.soft()).max())
+        return float(self.gaps().max())
 
     @torch.no_grad()
-    def balance(self, tolerance: float = 0.01, limit: int = 200) -> None:
-        """Shift rows and columns of the logits until the columns of M sum to 1 as well.
-
-        The fully converged M does not change. Without it two rows can share a column for ever: a
-        few Sinkhorn steps from sharp logits do not tell one of them to move, and the gap stays at
-        exactly 0.2929.
-
-        Args:
-            tolerance: how far a sum may be from 1.
-            limit: Sinkhorn steps at most; usually two or three do.
-        """
-        log = self.logits.float() / self.temperature
-        for _ in range(limit):
-            log = log - log.logsumexp(dim=1, keepdim=True)
-            columns = log.logsumexp(dim=0, keepdim=True)
-            log = log - columns
-            if bool((columns.expm1().abs() <= tolerance).all()):
-                break
-        self.logits.copy_(log * self.temperature)
+    def anneal(self, factor: float) -> None:
+        """Sharpen as part of a schedule, by ``factor`` for one step."""
+        self.sharpen(factor)
 
     @torch.no_grad()
-    def sharpen(self, factor: float) -> None:
-        """Multiply the logits by ``factor > 1``: M moves towards their best assignment.
-
-        Where the gap has decided, that is what it decodes to: each row's largest entry.
-        """
-        self.logits.mul_(factor)
+    def balance(self) -> None:
+        """Make the columns of M sum to 1 again; what it converges to does not change."""
 
     @torch.no_grad()
-    def harden(self) -> IndexMap:
-        """Return the index map: argmax where that is a permutation, else linear assignment."""
-        return decode(sinkhorn(self.logits.double() / self.temperature, 4 * self.iterations))
+    def resample(self) -> None:
+        """Draw new noise, where there is any; the controller calls it after every step."""
 
     def extra_repr(self) -> str:
-        """Name the width."""
-        return f"{self.size}, soft, temperature={self.temperature}, iterations={self.iterations}"
+        """Name the width, the form and its numbers."""
+        buffers = {n: b for n, b in self.named_buffers() if b.dim() == 0 and not b.is_meta}
+        numbers = {n: b.item() for n, b in buffers.items()} | self.settings()
+        return ", ".join([f"{self.size}, soft", *(f"{n}={v:.4g}" for n, v in numbers.items())])

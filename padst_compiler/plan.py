@@ -11,6 +11,7 @@ from torch import nn
 from padst_compiler.config import ConfigMap, SparseConfig, describe
 from padst_compiler.decision import as_refusal, decide
 from padst_compiler.policy import choose
+from padst_compiler.relaxations.spelling import is_learned, resolve
 from padst_compiler.sites import Site, discover
 from padst_compiler.structures import Structure
 from padst_compiler.text import table
@@ -68,6 +69,7 @@ class Plan:
                 "actual_sparsity": s.actual_sparsity,
                 "permutation": s.permutation,
                 "side": s.side,
+                "shares": s.shares,
             }
             for s in self.sites
         ]
@@ -91,7 +93,7 @@ class Plan:
                 f": {covered:,} of {weights:,} linear weights ({covered / weights:.1%}), "
                 f"{zeros / weights:.1%} of all are zero"
             )
-        logits = sum(s.permuted_size**2 for s in self.sparse if s.permutation == "learned")
+        logits = sum(_learned_numbers(site) for site in self.sparse)
         if logits:
             text += f"; {logits:,} more numbers while permutations are soft"
         if self.linear_flops:
@@ -120,7 +122,7 @@ def plan(
         config: a config for all sites, or a mapping from names or "re:..." to configs or None.
         structure: instead of ``config``: the family of masks.
         sparsity: instead of ``config``: the fraction of zeros.
-        permutation: instead of ``config``: "none", "random" or "learned".
+        permutation: instead of ``config``: "none", "random", "learned", "low_rank", ...
         filter_fn: ``filter_fn(site)`` or ``filter_fn(module, name)``, True for what to convert.
         strict: raise where a requested site has to stay dense.
 
@@ -146,6 +148,11 @@ def plan(
     traced = None if example_inputs is None else trace(model, example_inputs)
     sites = sites if traced is None else discover(model, traced)
     choose(model, sites, config, filter_fn)
+    if traced is None and any(site.config and site.config.share for site in sites):
+        raise ValueError(
+            "Expected example_inputs: share=True asks which layers read the same tensor, and only "
+            "a run can tell. Got none. Pass example_inputs, or share=False."
+        )
     decide(sites)
     for site in sites:
         if strict and site.refused:
@@ -193,4 +200,12 @@ def _cells(site: Site) -> dict[str, str]:
 
 
 def _permutation_cell(site: Site) -> str:
-    return "none" if site.permutation == "none" else f"{site.permutation} ({site.side})"
+    shared = f", that of {site.shares}" if site.shares else ""
+    return "none" if site.permutation == "none" else f"{site.permutation} ({site.side}{shared})"
+
+
+def _learned_numbers(site: Site) -> int:
+    if not is_learned(site.permutation) or site.shares:
+        return 0
+    kind, option = resolve(site.permutation, site.permuted_size)
+    return kind.count(site.permuted_size, option)

@@ -1,26 +1,20 @@
-"""When masks move, how strong the penalty is, when a permutation hardens.
+"""When masks move, how strong the penalty is, when soft permutations are looked at and sharpened.
 
 Everything here is arithmetic on the number of optimiser steps taken; nothing is read from the
-model.
+model. What decides that a permutation hardens is in ``rules.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
 
-import torch
-from torch import Tensor
+from padst_compiler.rules import make_rule
+from padst_compiler.text import suggest
 
-from padst_compiler.permutation import GAP_LIMIT
+__all__ = ["PENALTIES", "Schedule", "cosine_drop", "linear_ramp"]
 
-__all__ = ["SETTLED", "GapRule", "RuleState", "Schedule", "cosine_drop", "linear_ramp"]
-
-SETTLED = 0.02
-"""Gap at which a permutation that was decided becomes an index map: every row and column has an
-entry of at least ``(1 - 0.02)^2 = 0.96``, so that the switch itself changes next to nothing."""
+PENALTIES = ("ramp", "constant", "augmented_lagrangian")
 
 
 def cosine_drop(step: float, end_step: float, drop_fraction: float) -> float:
@@ -68,6 +62,12 @@ class Schedule:
             these at the end cost up to 22 points of accuracy. Where the loss has no noise, as in
             planted problems, 0.5 to 1 finds better permutations.
         harden_every: steps between two looks at the gaps.
+        penalty: "ramp" (lambda grows from 0 until masks stay), "constant", or
+            "augmented_lagrangian" (``hardening.Multipliers``; it sets its own weights, so
+            ``penalty_weight`` does not count).
+        hardening: the rule, as ``rules.make_rule`` reads it.
+        anneal: factor by which soft permutations are sharpened between step 0 and the end of the
+            updates, in even steps; None for each form's own: 10 for low_rank and blockwise, else 1.
 
     Raises:
         ValueError: a number is out of its range.
@@ -84,6 +84,9 @@ class Schedule:
     end: float = 0.75
     penalty_weight: float = 3.0
     harden_every: int = 100
+    penalty: str = "ramp"
+    hardening: str = "gap"
+    anneal: float | None = None
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -113,6 +116,19 @@ class Schedule:
             self.penalty_weight,
             "Use 3.0, or 0 for no penalty.",
         )
+        _require(
+            self.penalty in PENALTIES,
+            f"penalty {', '.join(PENALTIES)}",
+            repr(self.penalty),
+            suggest(str(self.penalty), PENALTIES),
+        )
+        _require(
+            self.anneal is None or 1.0 <= self.anneal < math.inf,
+            "a finite anneal of at least 1, or None",
+            self.anneal,
+            "Use 10.0 to end ten times sharper, or None.",
+        )
+        make_rule(self.hardening, self.end_step)
 
     @property
     def end_step(self) -> float:
@@ -140,89 +156,16 @@ class Schedule:
         """
         return float(8.0 ** (1.0 / self.harden_every)), step >= self.end_step
 
+    def annealing_at(self, step: int, default: float) -> float:
+        """Return the factor by which a form whose own total is ``default`` is sharpened."""
+        total = default if self.anneal is None else self.anneal
+        return float(total ** (1.0 / self.end_step)) if step <= self.end_step else 1.0
+
     def penalty_at(self, step: int) -> float:
-        """Return lambda after ``step`` optimiser steps."""
+        """Return lambda after ``step`` optimiser steps; 1 where multipliers take its place."""
+        if self.penalty != "ramp":
+            return self.penalty_weight if self.penalty == "constant" else 1.0
         return linear_ramp(step, self.end_step, self.penalty_weight)
-
-
-class RuleState(TypedDict):
-    """What a ``GapRule`` has seen."""
-
-    seen_above: bool
-    stable: int
-    settling: bool
-    assignment: Tensor | None
-
-
-@dataclass
-class GapRule:
-    """Decide when one soft permutation hardens, without a tuned threshold.
-
-    It is *decided* when the worst row or column has ``gap < 1 - 1/sqrt 2 = 0.2929``, where argmax
-    is provably a permutation, and when it was learned: the gap was once at or above the limit, or
-    the decoded assignment has stayed the same for ``checks`` looks in a row. The paper's fixed 0.22
-    (arXiv 2510.14812, appendix C.2.1, as reported) has no such second condition, so it fires at
-    once on a start near the identity.
-
-    At the limit an entry may still be 0.5 against 0.5, and a switch there moved the demo's accuracy
-    by up to 0.6 points. So what is decided is *settling* first: its owner sharpens it while the
-    training goes on, and it hardens at the first look with a gap of at most ``SETTLED``.
-
-    The limit needs columns that sum to 1. With 5 Sinkhorn iterations they ran to 0.5 and 1.9 in
-    planted problems, and gaps stuck at exactly 0.2929, two rows on one column; 10 mend that.
-
-    Example:
-        >>> rule = GapRule()
-        >>> [rule.ready(gap, lambda: torch.arange(4)) for gap in (0.5, 0.28, 0.09, 0.01)]
-        [False, False, False, True]
-    """
-
-    checks: int = 5
-    seen_above: bool = False
-    stable: int = 0
-    settling: bool = False
-    assignment: Tensor | None = None
-
-    def note(self, gap: float) -> None:
-        """Note a gap, at the start of the training or later, without hardening."""
-        self.seen_above = self.seen_above or gap >= GAP_LIMIT
-
-    def ready(self, gap: float, decode: Callable[[], Tensor]) -> bool:
-        """Take one look.
-
-        Args:
-            gap: the worst gap of any row or column; NaN never hardens.
-            decode: returns the present assignment ``(n,)``; called only where the limit is met and
-                was never exceeded, because decoding costs more than the gap.
-        """
-        if not gap < GAP_LIMIT:  # training undid it, or it was never there
-            self.note(gap)
-            self.settling = False
-            return False
-        self.settling = self.settling or self.seen_above or self._is_stable(decode())
-        return self.settling and gap <= SETTLED
-
-    def _is_stable(self, assignment: Tensor) -> bool:
-        previous, self.assignment = self.assignment, assignment
-        same = previous is not None and torch.equal(previous, assignment)
-        self.stable = self.stable + 1 if same else 1
-        return self.stable >= self.checks
-
-    def state_dict(self) -> RuleState:
-        """Return what was seen so far."""
-        kept = None if self.assignment is None else self.assignment.clone()
-        return RuleState(
-            seen_above=self.seen_above,
-            stable=self.stable,
-            settling=self.settling,
-            assignment=kept,
-        )
-
-    def load_state_dict(self, state: RuleState) -> None:
-        """Go on from ``state``."""
-        self.seen_above, self.stable = state["seen_above"], state["stable"]
-        self.settling = state["settling"]
-        self.assignment = None if state["assignment"] is None else state["assignment"].clone()
 
 
 def _require(holds: bool, need: str, value: object, cure: str) -> None:

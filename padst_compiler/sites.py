@@ -40,6 +40,7 @@ class Site:
     uses: int = 0
     tokens: int = 0
     flops: int = 0
+    reads: tuple[str, ...] = ()  # the tensors that it was applied to, one word each
     # what the plan decides
     decision: str = "dense"
     reason: str = ""
@@ -52,6 +53,7 @@ class Site:
     actual_sparsity: float = 0.0  # reached
     permutation: str = "none"
     side: str = "input"
+    shares: str = ""  # the site whose permutation it uses too
 
     @property
     def label(self) -> str:
@@ -218,6 +220,7 @@ def _count_uses(model: nn.Module, sites: list[Site], traced: Trace) -> list[Site
         use = of_site.get(site.parameter)
         if use is not None:
             site.uses, site.tokens, site.flops = use.count, use.tokens, use.flops
+            site.reads = use.reads
     known = {site.parameter for site in sites}
     functional = []
     for name, use in traced.uses.items():

@@ -18,8 +18,9 @@ from padst_compiler.config import ConfigMap
 from padst_compiler.handover import check_optimizer, hand_over, unchanged_on_error
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.plan import Plan, plan
+from padst_compiler.relaxations.spelling import make
 from padst_compiler.sites import Site
 from padst_compiler.structures import Structure
 
@@ -54,7 +55,7 @@ def sparsify(
         config: a config for all layers, or a mapping from names or "re:..." to configs or None.
         structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", ...
         sparsity: instead of ``config``: the fraction of zeros.
-        permutation: instead of ``config``: "none", "random" or "learned".
+        permutation: instead of ``config``: "none", "random", "learned", "low_rank", ...
         filter_fn: ``filter_fn(site)`` or ``filter_fn(module, name)``, True for what to convert.
         example_inputs: a tensor, tuple or dict to run the model on once while planning.
         optimizer: gets the new parameters in the place of the old ones, without their state.
@@ -88,12 +89,12 @@ def sparsify(
     if optimizer is not None:
         trained = [w for w in weights.values() if w.requires_grad]
         check_optimizer(optimizer, trained)
-    prepared = [(site, _topology_of(site), _permutation_of(site)) for site in chosen.sparse]
+    prepared = _prepare(chosen.sparse)
     modules = [site.module for site in chosen.sparse if site.module is not None]
     with _unchanged_on_error(modules), unchanged_on_error(optimizer):
         layers = {site.name: _adopt(site, mask, perm) for site, mask, perm in prepared}
         if optimizer is not None:
-            hand_over(optimizer, weights, {n: _parameters_of(m) for n, m in layers.items()})
+            hand_over(optimizer, weights, _parameters_of(layers))
     refused = [site for site in chosen.sites if site.refused]
     if refused:
         warnings.warn(
@@ -173,9 +174,18 @@ def _permutation_of(site: Site) -> Permutation | None:
     if site.permutation == "random":
         perm = torch.randperm(site.permuted_size, generator=generator)
         return FixedPermutation(IndexMap.of(perm), weight.device)
-    soft = SinkhornPermutation(site.permuted_size, generator, device=weight.device)
-    soft.logits.requires_grad_(weight.requires_grad)  # a frozen layer stays frozen
-    return soft
+    soft = make(site.permutation, site.permuted_size, generator, weight.device)
+    return soft.requires_grad_(weight.requires_grad)  # a frozen layer stays frozen
+
+
+def _prepare(sites: Sequence[Site]) -> list[tuple[Site, Tensor, Permutation | None]]:
+    """Return mask and permutation of every site; siblings that share get the same module."""
+    own = {site.name: _permutation_of(site) for site in sites if not site.shares}
+    for site in sites:
+        held = own[site.shares or site.name]
+        if site.permutation != "random" and held is not None and _weight_of(site).requires_grad:
+            held.requires_grad_(True)  # one that trains is enough
+    return [(site, _topology_of(site), own[site.shares or site.name]) for site in sites]
 
 
 def _adopt(site: Site, indices: Tensor, permutation: Permutation | None) -> SparseLayer:
@@ -195,10 +205,18 @@ def _weight_of(site: Site) -> nn.Parameter:
     return weight
 
 
-def _parameters_of(layer: SparseLayer) -> dict[str, nn.Parameter]:
-    """Return ``values`` first, then what the permutation learns; not the bias, which stays."""
-    learned = {n: p for n, p in layer.named_parameters() if n.startswith("permutation.")}
-    return {"values": layer.values} | learned
+def _parameters_of(layers: Mapping[str, SparseLayer]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return ``values`` first, then what the permutation learns; not the bias, which stays.
+
+    What several layers learn together belongs to the first of them.
+    """
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for name, layer in layers.items():
+        own = {n: p for n, p in layer.named_parameters() if n.startswith("permutation.")}
+        found[name] = {"values": layer.values} | {n: p for n, p in own.items() if p not in seen}
+        seen |= set(own.values())
+    return found
 
 
 @contextmanager

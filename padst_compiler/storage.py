@@ -96,9 +96,14 @@ class Storage(nn.Module):
         y = part.new_zeros(*part.shape[:-1], out_features).index_copy(-1, self.rows, part)
         return y if bias is None else y + bias
 
-    def matrix(self) -> Tensor:
-        """Return S, the structured weight: ``(o, i)``, differentiable."""
-        values = self.values if self.selection is None else self.selection(self.values)
+    def matrix(self, values: Tensor | None = None) -> Tensor:
+        """Return S, the structured weight: ``(o, i)``, differentiable.
+
+        Args:
+            values: in the place of the layer's own, of the same shape.
+        """
+        values = self.values if values is None else values
+        values = values if self.selection is None else self.selection(values)
         values, indices, active = self.packed(values)
         part = self.structure.unpack(values, indices, active)
         return part if self.rows is None else self._spread(part)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from padst_compiler.ops import LINEAR
+from padst_compiler.provenance import weights_behind, without_reshapes
 from padst_compiler.tensors import is_plain, storage_key, tensors_in, written_by
 from padst_compiler.untouched import call_arguments, eager, left_as_it_was
 
@@ -47,9 +48,6 @@ _FUSED = {
     _ATEN.mkldnn_rnn_layer: 0,
     _ATEN._cudnn_rnn: 0,
 } | {op.overloadpacket: 0 for op in LINEAR.values()}
-# Copies through which a weight stays the same weight, besides views.
-_COPIES = {_ATEN.clone, _ATEN._to_copy, _ATEN._unsafe_view}
-_JOINS = {_ATEN.cat, _ATEN.stack}  # several weights become one operand
 
 
 @dataclass
@@ -61,6 +59,7 @@ class Use:
     ops: tuple[str, ...] = ()
     count: int = 0
     flops: int = 0
+    reads: tuple[str, ...] = ()  # the nodes whose features it multiplied, in order
 
     @property
     def weights(self) -> int:
@@ -206,36 +205,19 @@ class _Recorder(TorchDispatchMode):
 
     def _product(self, node: fx.Node, op: str, operands: tuple[Tensor, ...], flops: int) -> None:
         """Count a product; without a name for ``op`` it counts in the total alone."""
-        sources = [_behind(self._node_of(operand)) for operand in operands]
+        nodes = [self._node_of(operand) for operand in operands]
+        sources = [weights_behind(operand) for operand in nodes]
         if not any(sources):
             return
         self.result.linear_flops += flops
-        for uses in sources if op else ():
+        for uses, other in zip(sources, nodes[::-1], strict=True) if op else ():
             whole = sum(use.weights for use in uses)
             for use in uses:
                 self.result.uses.setdefault(use.names[0], use)
                 use.ops = tuple(dict.fromkeys((*use.ops, op)))
                 use.count += 1
                 use.flops += round(flops * use.weights / whole)
-
-
-def _behind(node: fx.Node) -> list[Use]:
-    """Return the matrices that a node is made of, through views, copies, casts and joins."""
-    while node.op == "call_function" and node.all_input_nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in _JOINS:
-            parts = [_behind(part) for part in node.all_input_nodes]
-            return [use for part in parts for use in part] if all(parts) else []
-        if node.target is not getitem and packet not in _COPIES and not _is_view(node.target):
-            return []
-        node = node.all_input_nodes[0]
-    use = node.meta.get("use")
-    return [use] if use and len(use.shape) >= 2 else []
-
-
-def _is_view(op: Any) -> bool:
-    alias = op._schema.arguments[0].alias_info
-    return alias is not None and not alias.is_write
+                use.reads += (without_reshapes(other).name,)
 
 
 def _flops(packet: Any, args: Any, first: Tensor, second: Tensor, result: Tensor) -> int:

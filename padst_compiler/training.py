@@ -63,6 +63,7 @@ class DynamicSparsity:
         harden_every: steps between looks at soft permutations; by default ``update_every``.
         keep_state: keep the optimiser's state at slots whose unit changed.
         seed: of the private generator; no global one is touched.
+        penalty, hardening, anneal: as ``Schedule`` takes them.
 
     Raises:
         ValueError: nothing to control, a second controller, or a number out of range.
@@ -95,13 +96,15 @@ class DynamicSparsity:
         harden_every: int | None = None,
         keep_state: bool = False,
         seed: int = 0,
+        penalty: str = "ramp",
+        hardening: str = "gap",
+        anneal: float | None = None,
     ) -> None:
         """Check everything, then attach."""
         every = update_every if harden_every is None else harden_every
         self.method = as_method(method, METHODS)
-        self.schedule = Schedule(
-            total_steps, update_every, drop_fraction, end, penalty_weight, every
-        )
+        lengths = (total_steps, update_every, drop_fraction, end, penalty_weight, every)
+        self.schedule = Schedule(*lengths, penalty, hardening, anneal)
         self._layers = controllable(model, optimizer)
         if refusal := self.method.refusal(self._layers):
             raise ValueError(refusal)
@@ -109,9 +112,9 @@ class DynamicSparsity:
         self.history: list[Event] = []
         self._memory = Memory(optimizer, keep_state)
         self._generator = torch.Generator().manual_seed(seed)
-        self._lambda = torch.zeros(())  # a tensor: a compiled loss must not be compiled again
+        self._lambda = torch.tensor(self.schedule.penalty_at(0))  # a tensor: compiled once
         self._recorders: dict[str, Recorder] = {}
-        self._hardening = Hardening(self._layers, optimizer)
+        self._hardening = Hardening(self._layers, optimizer, self.schedule)
         for name, layer in self._layers.items():
             if self.method.records and layer.values.requires_grad:
                 room = self.method.record(layer, self.schedule)
@@ -133,6 +136,10 @@ class DynamicSparsity:
             total = self._hardening.penalty() * self._lambda
         extra = self.method.penalty(self._layers)
         return total if extra is None else total + extra.to(total.device)
+
+    def soft_fraction(self) -> dict[str, float]:
+        """Return by layer the share of the steps so far that it spent with a soft permutation."""
+        return self._hardening.soft_fraction(self.step_count)
 
     def detach(self) -> None:
         """Let go of model and optimiser; masks and permutations stay as they are."""
@@ -211,7 +218,7 @@ class DynamicSparsity:
             return
         self.step_count += 1
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
-        self._hardening.sharpen(*self.schedule.sharpening_at(self.step_count))
+        self._hardening.after_step(self.step_count)
         self.method.advance(self._layers, self.step_count, self.schedule)
         update = self.method.updates_at(self.step_count, self.schedule)
         if update or self.schedule.checks_at(self.step_count):
@@ -226,15 +233,17 @@ class DynamicSparsity:
         churn = self._move(name, layer) if update else None
         if churn is None and not soft:
             return
-        gap, penalty = self._hardening.look(name) if soft else (None, None)
-        due = self.schedule.checks_at(self.step_count)
+        look = self._hardening.look(name) if soft else None
+        due = look is not None and self.schedule.checks_at(self.step_count)
+        done = bool(look and due and self._hardening.settle(name, look, self.step_count))
+        gap, penalty = look or (None, None)
         event = Event(
             step=self.step_count,
             layer=name,
             gap=gap,
             penalty=penalty,
             churn=churn or 0.0,
-            hardened=gap is not None and due and self._hardening.settle(name, gap),
+            hardened=done,
             ablated=layer.ablated,
         )
         self.history.append(event)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from padst_compiler.config import SparseConfig
 from padst_compiler.layers import sparse_layers
 from padst_compiler.mixer import Images, Mixer
-from padst_compiler.permutation import SinkhornPermutation
+from padst_compiler.permutation import SoftPermutation
 from padst_compiler.sites import Site
 from padst_compiler.sparsify import sparsify
 from padst_compiler.training import DynamicSparsity, harden
@@ -118,12 +118,12 @@ def _channel_mixing(site: Site) -> bool:
     return ".channels." in site.name
 
 
-def _soft(model: nn.Module) -> dict[str, SinkhornPermutation]:
+def _soft(model: nn.Module) -> dict[str, SoftPermutation]:
     found = {name: layer.soft_permutation for name, layer in sparse_layers(model).items()}
     return {name: soft for name, soft in found.items() if soft is not None}
 
 
-def _measure_hardening(result: Run, before: dict[str, SinkhornPermutation], images: Images) -> None:
+def _measure_hardening(result: Run, before: dict[str, SoftPermutation], images: Images) -> None:
     """Put each permutation that just hardened back for a moment, and compare the accuracy."""
     layers = sparse_layers(result.model)
     for name, soft in before.items():

@@ -23,7 +23,8 @@ from padst_compiler.backend import Settings, padst
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer, SparseLinear
 from padst_compiler.passes import inference_passes
-from padst_compiler.permutation import FixedPermutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.rewrite import Facts, Report
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 

@@ -21,8 +21,9 @@ from padst_compiler.layers import (
     SparsePointwiseConv,
     sparse_layers,
 )
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.recorder import Recorder
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 WIDTH = 16

@@ -12,8 +12,9 @@ from padst_compiler.convert import from_description, to_dense, to_description
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
 from padst_compiler.layers import sparse_layers as layers_of
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.recorder import Recorder
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.sites import discover
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer, SparseLinear
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import (
     NM,
     STRUCTURES,
@@ -143,7 +144,7 @@ def effective(layer: SparseLayer, values: Tensor, logits: Tensor | None) -> Tens
     if layer.permutation is None:
         return dense
     if logits is not None:
-        assert layer.soft_permutation is not None
+        assert isinstance(layer.soft_permutation, SinkhornPermutation)
         matrix = doubly_stochastic(logits, layer.soft_permutation)
     else:
         matrix = torch.zeros(layer.permutation.size, layer.permutation.size, dtype=torch.float64)

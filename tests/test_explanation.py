@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from padst_compiler.explanation import Explanation, explain
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer, SparseLinear
-from padst_compiler.permutation import FixedPermutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())

@@ -16,8 +16,9 @@ from padst_compiler.layers import (
     SparsePointwiseConv,
     sparse_layers,
 )
-from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.recorder import Recorder
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 INPUTS, OUTPUTS = 16, 24
@@ -203,7 +204,13 @@ def test_names_and_the_order_of_parameters(kind: str) -> None:
     own = [name for name, _ in layer.named_parameters(recurse=False)]
     assert own == ["values" if name == "weight" else name for name in before]
     assert [name for name, _ in layer.named_parameters()] == [*own, "permutation.logits"]
-    assert set(layer.state_dict()) == {"values", "bias", "indices", "permutation.logits"}
+    assert set(layer.state_dict()) == {
+        "values",
+        "bias",
+        "indices",
+        "permutation.logits",
+        "permutation.temperature",
+    }
     fixed = made(kind, "random")
     assert set(fixed.state_dict()) == {"values", "bias", "indices", "permutation.perm"}
     assert [n for n, _ in fixed.named_buffers()] == ["indices", "permutation.perm"]
@@ -475,7 +482,7 @@ def test_hardening_replaces_the_permutation_and_nothing_else(side: str) -> None:
 def test_hardening_a_nearly_hard_permutation_changes_the_output_little(side: str) -> None:
     layer, x = adopt(linear(), state="learned", side=side), torch.randn(50, INPUTS)
     soft = layer.soft_permutation
-    assert soft is not None
+    assert isinstance(soft, SinkhornPermutation)
     with torch.no_grad():
         soft.logits.copy_(torch.eye(soft.size)[torch.randperm(soft.size)] * 20 * soft.temperature)
     before = layer(x)

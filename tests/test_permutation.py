@@ -12,12 +12,12 @@ from padst_compiler.index_map import IndexMap
 from padst_compiler.permutation import (
     GAP_LIMIT,
     FixedPermutation,
-    SinkhornPermutation,
     decode,
     gaps,
     penalty,
     sinkhorn,
 )
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 
 
 def matrix_of(order: list[int] | Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from padst_compiler import watch as watch_module
 from padst_compiler.layers import SparseLayer, SparseLinear
-from padst_compiler.permutation import SinkhornPermutation
 from padst_compiler.recorder import Recorder
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, STRUCTURES, FanIn, Shape, Structure
 
 SHAPES = [(64, 96), (96, 64), (64, 64), (32, 32)]  # a block is 32 by default, a group of N:M 16

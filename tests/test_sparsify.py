@@ -13,7 +13,8 @@ from padst_compiler.config import SparseConfig
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
 from padst_compiler.layers import sparse_layers as layers_of
-from padst_compiler.permutation import FixedPermutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.sites import Site
 from padst_compiler.sparsify import random_topology, sparsify
 from padst_compiler.structures import STRUCTURES, Shape, Structure, Unstructured

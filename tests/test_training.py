@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from padst_compiler.layers import SparseLayer, SparseLinear, sparse_layers
 from padst_compiler.methods import NonFiniteGradientWarning
-from padst_compiler.permutation import SinkhornPermutation
 from padst_compiler.recorder import Recorder
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import (
     NM,
     STRUCTURES,
@@ -81,7 +81,7 @@ def make(
 
 
 def soft_of(layer: SparseLayer) -> SinkhornPermutation:
-    assert layer.soft_permutation is not None
+    assert isinstance(layer.soft_permutation, SinkhornPermutation)
     return layer.soft_permutation
 
 

@@ -15,7 +15,8 @@ from padst_compiler.backend import export_onnx
 from padst_compiler.export.onnx import OPSET, ExportReport, FoldedModule, write_onnx
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLinear, SparsePointwiseConv
-from padst_compiler.permutation import FixedPermutation, SinkhornPermutation
+from padst_compiler.permutation import FixedPermutation
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 ALL = (Block(8), Block(16), NM(8), Diagonal(), FanIn(), Unstructured())
