@@ -243,11 +243,16 @@ def _soft(
 ) -> SoftPermutation:
     """Return a soft permutation of the file's form; the present one where it is such a one."""
     present, settings = layer.soft_permutation, dict(fields["settings"])
-    alike = present is not None and (present.name, present.size) == (fields["form"], size)
-    if present is not None and alike and present.settings() == settings:
+    soft = read_back(fields["form"], size, settings)
+    sizes = {name: tensor.shape for name, tensor in soft.state_dict().items()}
+    if (
+        present is not None
+        and present.name == soft.name
+        and sizes == {name: tensor.shape for name, tensor in present.state_dict().items()}
+    ):
+        vars(present).update(settings)
         soft = present
     else:
-        soft = read_back(fields["form"], size, settings)
         names = [n for n, _ in soft.named_parameters()]
         soft = soft.to(layer.values.device, tensors[f"{prefix}{names[0]}"].dtype)
         soft.requires_grad_(layer.values.requires_grad)  # a frozen layer stays frozen

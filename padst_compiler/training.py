@@ -229,13 +229,12 @@ class DynamicSparsity:
 
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
-        soft = name in self._hardening.soft
         churn = self._move(name, layer) if update else None
-        if churn is None and not soft:
+        look = self._hardening.look(name) if name in self._hardening.soft else None
+        if churn is None and look is None:
             return
-        look = self._hardening.look(name) if soft else None
-        due = look is not None and self.schedule.checks_at(self.step_count)
-        done = bool(look and due and self._hardening.settle(name, look, self.step_count))
+        due = self.schedule.checks_at(self.step_count)
+        done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
         event = Event(
             step=self.step_count,
