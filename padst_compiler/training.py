@@ -214,10 +214,8 @@ class DynamicSparsity:
         due = self.schedule.checks_at(self.step_count)
         done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
-        event = Event(
-            step=self.step_count, layer=name, gap=gap, penalty=penalty, churn=churn, hardened=done
-        )
-        self.history.append(event)
+        event: Any = {"step": self.step_count, "layer": name, "gap": gap, "penalty": penalty}
+        self.history.append(event | {"churn": churn, "hardened": done})
 
     def _move(self, name: str, layer: SparseLayer) -> float:
         """Drop and grow units of one layer; return the share that changed."""
