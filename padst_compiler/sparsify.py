@@ -183,7 +183,7 @@ def _prepare(sites: Sequence[Site]) -> list[tuple[Site, Tensor, Permutation | No
     own = {site.name: _permutation_of(site) for site in sites if not site.shares}
     for site in sites:
         held = own[site.shares or site.name]
-        if site.permutation != "random" and held is not None and _weight_of(site).requires_grad:
+        if held is not None and _weight_of(site).requires_grad:
             held.requires_grad_(True)  # one that trains is enough
     return [(site, _topology_of(site), own[site.shares or site.name]) for site in sites]
 

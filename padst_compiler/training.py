@@ -236,15 +236,8 @@ class DynamicSparsity:
         due = self.schedule.checks_at(self.step_count)
         done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
-        event = Event(
-            step=self.step_count,
-            layer=name,
-            gap=gap,
-            penalty=penalty,
-            churn=churn or 0.0,
-            hardened=done,
-            ablated=layer.ablated,
-        )
+        event: Any = {"step": self.step_count, "layer": name, "gap": gap, "penalty": penalty}
+        event |= {"churn": churn or 0.0, "hardened": done, "ablated": layer.ablated}
         self.history.append(event)
 
     def _move(self, name: str, layer: SparseLayer) -> float | None:

@@ -89,7 +89,11 @@ def test_a_config_goes_through_json(config: SparseConfig) -> None:
         ({"sparsity": "0.9"}, TypeError, "Expected a number"),
         ({"sparsity": True}, TypeError, "Expected a number"),
         ({"permutation": "learnt"}, ValueError, "Did you mean 'learned'"),
-        ({"permutation": None}, ValueError, "Expected permutation none, random, magnitude, learned"),
+        (
+            {"permutation": None},
+            ValueError,
+            "Expected permutation none, random, magnitude, learned",
+        ),
         ({"side": "left"}, ValueError, "Expected side auto, input or output"),
         ({"distribution": "er"}, ValueError, "Did you mean 'erk'"),
         ({"seed": 1.5}, TypeError, "Expected an int"),
