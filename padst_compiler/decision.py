@@ -91,7 +91,11 @@ def _permute(config: SparseConfig, structure: Structure, shape: Shape) -> tuple[
         if shape.out_features < shape.in_features:
             narrow, wide = wide, narrow
         side = wide if narrow in vacuous and wide not in vacuous else narrow
-    if config.permutation == "learned" and side in vacuous and not config.force_permutation:
+    if (
+        config.permutation in ("learned", "magnitude")
+        and side in vacuous
+        and not config.force_permutation
+    ):
         return "none", side, f"{structure.name} absorbs every {side} permutation: nothing to learn"
     return config.permutation, side, ""
 
@@ -100,7 +104,7 @@ def _describe_sparse(site: Site, layer: SparseLayer) -> None:
     hard = isinstance(layer.permutation, FixedPermutation)
     site.decision, site.reason = "sparse", "sparse already"
     site.structure, site.side = layer.structure, layer.side
-    site.kept = layer.structure.slots(layer.indices, layer.shape).shape[1]
+    site.kept = layer.kept
     site.sparsity = site.actual_sparsity = layer.sparsity
     if layer.permutation is not None:
         site.permutation = "hard" if hard else "soft"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from padst_compiler.config import ConfigMap
 from padst_compiler.handover import check_optimizer, hand_over, unchanged_on_error
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
+from padst_compiler.magnitude import find_permutation, select, undo
 from padst_compiler.permutation import FixedPermutation, Permutation, SinkhornPermutation
 from padst_compiler.plan import Plan, plan
+from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
 from padst_compiler.structures import Structure
 
 __all__ = ["random_topology", "sparsify"]
 
+_Start: TypeAlias = tuple[Tensor, Permutation | None, Tensor | None]  # indices first, values last
 _KINDS: dict[str, type[SparseLayer]] = {
     "linear": SparseLinear,
     "conv1d": SparseConv1D,
@@ -52,7 +55,7 @@ def sparsify(
     Args:
         model: any module with ``nn.Linear``, transformers' ``Conv1D`` or 1x1 convolutions.
         config: a config for all layers, or a mapping from names or "re:..." to configs or None.
-        structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", ...
+        structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", "dynadiag", ...
         sparsity: instead of ``config``: the fraction of zeros.
         permutation: instead of ``config``: "none", "random" or "learned".
         filter_fn: ``filter_fn(site)`` or ``filter_fn(module, name)``, True for what to convert.
@@ -82,23 +85,19 @@ def sparsify(
         filter_fn=filter_fn,
         strict=strict,
     )
-    by_default = not isinstance(config, Mapping) and filter_fn is None
-    _refuse(model, chosen, by_default)
+    _refuse(model, chosen, by_default=not isinstance(config, Mapping) and filter_fn is None)
     weights = {site.name: _weight_of(site) for site in chosen.sparse}
     if optimizer is not None:
-        trained = [w for w in weights.values() if w.requires_grad]
-        check_optimizer(optimizer, trained)
-    prepared = [(site, _topology_of(site), _permutation_of(site)) for site in chosen.sparse]
+        check_optimizer(optimizer, [w for w in weights.values() if w.requires_grad])
+    prepared = [(site, _start_of(site)) for site in chosen.sparse]
     modules = [site.module for site in chosen.sparse if site.module is not None]
     with _unchanged_on_error(modules), unchanged_on_error(optimizer):
-        layers = {site.name: _adopt(site, mask, perm) for site, mask, perm in prepared}
+        layers = {site.name: _adopt(site, start) for site, start in prepared}
         if optimizer is not None:
             hand_over(optimizer, weights, {n: _parameters_of(m) for n, m in layers.items()})
-    refused = [site for site in chosen.sites if site.refused]
-    if refused:
-        warnings.warn(
-            f"{len(refused)} requested sites stay dense: {_reasons(refused)}", stacklevel=2
-        )
+    if refused := [site for site in chosen.sites if site.refused]:
+        said = f"{len(refused)} requested sites stay dense: {_reasons(refused)}"
+        warnings.warn(said, stacklevel=2)
     return model
 
 
@@ -161,9 +160,34 @@ def _generator(site: Site, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _topology_of(site: Site) -> Tensor:
-    assert site.structure is not None
-    return random_topology(site.structure, site.kept, site, _generator(site, "topology"))
+def _start_of(site: Site) -> _Start:
+    """Return a layer's start; no values where it takes the dense weights, rescaled."""
+    config, structure, shape = site.config, site.structure, site.shape
+    assert config is not None and structure is not None and shape is not None
+    if config.init == "magnitude":
+        return _largest_of(site, structure)
+    kept = site.kept
+    if config.soft or config.start_sparsity is not None:
+        kept = structure.kept(shape, min(config.start_sparsity or 0.0, site.sparsity))
+    indices = random_topology(structure, kept, site, _generator(site, "topology"))
+    return indices, _permutation_of(site), None
+
+
+def _largest_of(site: Site, structure: Structure) -> _Start:
+    """Keep the largest units of the dense weight, behind the permutation that keeps most."""
+    assert site.module is not None
+    weight = _KINDS[site.kind].matrix_of(site.module)
+    permutation: Permutation | None = None
+    if site.permutation in ("learned", "magnitude"):
+        private = _generator(site, "permutation")
+        found = find_permutation(structure, weight, site.kept, site.side, private)
+        permutation = FixedPermutation(found.index_map, weight.device)
+    elif site.permutation == "random":
+        permutation = _permutation_of(site)
+    if isinstance(permutation, FixedPermutation):
+        weight = undo(weight, permutation.perm, site.side)
+    indices, _ = select(structure, weight, site.kept)
+    return indices, permutation, structure.pack(weight, indices)
 
 
 def _permutation_of(site: Site) -> Permutation | None:
@@ -178,10 +202,14 @@ def _permutation_of(site: Site) -> Permutation | None:
     return soft
 
 
-def _adopt(site: Site, indices: Tensor, permutation: Permutation | None) -> SparseLayer:
+def _adopt(site: Site, start: _Start) -> SparseLayer:
     assert site.module is not None and site.structure is not None and site.config is not None
-    kind = _KINDS[site.kind]
-    layer = kind.adopt(site.module, site.structure, indices, permutation, site.side)
+    indices, permutation, values = start
+    kind, structure = _KINDS[site.kind], site.structure
+    layer = kind.adopt(site.module, structure, indices, permutation, site.side, values)
+    if site.config.soft:
+        layer.selection = SoftSelection(layer.kept, site.kept, layer.values.device)
+        layer.selection.alpha.requires_grad_(layer.values.requires_grad)
     layer.config = replace(
         site.config, sparsity=site.sparsity, permutation=site.permutation, side=site.side
     )
@@ -196,8 +224,9 @@ def _weight_of(site: Site) -> nn.Parameter:
 
 
 def _parameters_of(layer: SparseLayer) -> dict[str, nn.Parameter]:
-    """Return ``values`` first, then what the permutation learns; not the bias, which stays."""
-    learned = {n: p for n, p in layer.named_parameters() if n.startswith("permutation.")}
+    """Return ``values`` first, then what chooses and permutes; not the bias, which stays."""
+    parts = ("permutation.", "selection.")
+    learned = {n: p for n, p in layer.named_parameters() if n.startswith(parts)}
     return {"values": layer.values} | learned
 
 

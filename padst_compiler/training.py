@@ -222,12 +222,12 @@ class DynamicSparsity:
 
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
-        soft = name in self._hardening.soft
         churn = self._move(name, layer) if update else None
+        due = self.schedule.checks_at(self.step_count)
+        soft = name in self._hardening.soft and (due or churn is not None)
         if churn is None and not soft:
             return
         gap, penalty = self._hardening.look(name) if soft else (None, None)
-        due = self.schedule.checks_at(self.step_count)
         event = Event(
             step=self.step_count,
             layer=name,

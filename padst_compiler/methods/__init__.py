@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from padst_compiler.methods.base import Job, Method, NonFiniteGradientWarning
+from padst_compiler.methods.dynadiag import DynaDiag
+from padst_compiler.methods.gmp import GMP
 from padst_compiler.methods.mest import Mest
 from padst_compiler.methods.rigl import RigL
 from padst_compiler.methods.set import SET
@@ -21,4 +23,6 @@ __all__ = [
     "Static",
 ]
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (RigL, SRigL, SET, Mest, Static)}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (RigL, SRigL, SET, Mest, GMP, DynaDiag, Static)
+}
