@@ -76,10 +76,9 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         "shape": [layer.shape.out_features, layer.shape.in_features],
         "side": layer.side,
         "permutation": state,
-        "selection": None if selection is None else selection.kept,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
-    }
+    } | ({} if selection is None else {"selection": selection.kept})
 
 
 def from_description(

@@ -11,17 +11,8 @@ from padst_compiler.methods.set import SET
 from padst_compiler.methods.srigl import SRigL
 from padst_compiler.methods.static import Static
 
-__all__ = [
-    "METHODS",
-    "SET",
-    "Job",
-    "Mest",
-    "Method",
-    "NonFiniteGradientWarning",
-    "RigL",
-    "SRigL",
-    "Static",
-]
+__all__ = ["GMP", "METHODS", "SET", "DynaDiag", "Job", "Mest", "Method", "NonFiniteGradientWarning"]
+__all__ += ["RigL", "SRigL", "Static"]
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind for kind in (RigL, SRigL, SET, Mest, GMP, DynaDiag, Static)

@@ -30,6 +30,7 @@ def test_the_soft_weight_is_the_published_sum_of_diagonals(rows: int, columns: i
     size = max(rows, columns)
     layer = make(rows, columns)
     selection = layer.selection
+    assert layer.bias is not None
     assert selection is not None and layer.values.shape == (1, size, min(rows, columns))
     assert selection.kept == max(1, math.ceil(round(0.3 * rows * columns) / min(rows, columns)))
     for seed in range(70):

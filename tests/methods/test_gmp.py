@@ -51,7 +51,7 @@ def test_each_update_keeps_the_largest_units_of_each_group(structure: str) -> No
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         seen: dict[str, Tensor] = {}
         optimizer.register_step_post_hook(
-            lambda *_, seen=seen, layer=layer: seen.update(  # type: ignore[misc]
+            lambda *_, seen=seen, layer=layer: seen.update(
                 weight=layer.weight.detach(),
                 slots=layer.structure.slots(layer.indices, layer.shape),
             )
