@@ -4,7 +4,9 @@ A permutation in front of a structure decides which weights it can keep together
 that the kept magnitude ``sum of squares of what S keeps`` is greatest: with the mask fixed, the
 best permutation is a linear assignment (column j of S may take any input; each pair has its gain);
 with the permutation fixed, the best mask is the structure's own selection. Each step can only add,
-so alternating ends; it ends in a local optimum, so it starts several times.
+so alternating ends; it ends in a local optimum, so it starts several times. Under N:M a fixed mask
+holds the columns where they are; there, one column of every group is dealt anew at a time, a linear
+assignment too, whose gains know that each group chooses again.
 
 This is the paper's open question of fine-tuning from dense to sparse (arXiv 2510.14812); the
 alternation is ours.
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from padst_compiler.index_map import IndexMap, invert
-from padst_compiler.structures import Shape, Structure
+from padst_compiler.structures import NM, Shape, Structure
 
 __all__ = ["Found", "find_permutation", "select", "undo"]
 
@@ -103,6 +105,8 @@ def find_permutation(
         order = torch.arange(exact.shape[axis])
         if start:
             order = torch.randperm(exact.shape[axis], generator=generator)
+        if isinstance(structure, NM) and axis == 1:
+            order = _deal(exact.square(), order, structure.m, kept, generator)
         found = _alternate(structure, exact, kept, axis, order)
         if best is None or found[1] > best.share:
             perm = found[0] if side == "input" else invert(found[0])
@@ -130,3 +134,27 @@ def _alternate(
         if reached <= share * (1.0 + 1e-12):
             return order, share, indices
         order, share, indices = new, reached, chosen
+
+
+def _deal(squares: Tensor, order: Tensor, m: int, kept: int, generator: torch.Generator) -> Tensor:
+    """Return an order in which N:M groups keep at least as much: deal columns between groups.
+
+    Args:
+        squares: ``(o, i)``, of the weight.
+        order: ``(i,)``, which column stands at each place.
+        m: size of a group.
+        kept: n.
+        generator: picks the column that each group gives away, ``8 m`` times.
+    """
+    from scipy.optimize import linear_sum_assignment  # here: it is slow to import
+
+    order, groups = order.clone(), order.numel() // m
+    for _ in range(8 * m):
+        given = torch.randint(m, (groups,), generator=generator) + m * torch.arange(groups)
+        columns, rest = squares[:, order[given]], squares[:, order]
+        rest[:, given] = 0.0
+        # A column adds what it has above the weakest that its group would keep without it.
+        least = rest.view(-1, groups, m).topk(kept, dim=2).values[..., -1]
+        gain = torch.stack([(columns - least[:, g, None]).relu().sum(0) for g in range(groups)])
+        order[given] = order[given][torch.from_numpy(linear_sum_assignment(gain, maximize=True)[1])]
+    return order

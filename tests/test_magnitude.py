@@ -8,7 +8,7 @@ from torch import nn
 
 import padst_compiler as padst
 from padst_compiler import SparseConfig
-from padst_compiler.magnitude import find_permutation, select, undo
+from padst_compiler.magnitude import _deal, find_permutation, select, undo
 from padst_compiler.permutation import FixedPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 
@@ -58,6 +58,21 @@ def test_a_planted_permutation_is_found() -> None:
         result = find_permutation(Block(4), hidden, 1, "input", generator, starts=20)
         found += result.share > 0.999
     assert found >= 8
+
+
+def test_dealing_columns_between_groups_keeps_more_in_wide_layers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(64, generator=generator).sort(descending=True).values.exp().pow(3)
+    weight = torch.randn(48, 64, generator=generator) * scale  # large columns stand together
+    plain = share_of(NM(m=4), weight, 1)
+    found = find_permutation(NM(m=4), weight, 1, "input", generator, starts=1)
+    assert found.share > plain + 0.02
+    order = torch.randperm(64, generator=generator)
+    for _ in range(20):  # never worse
+        new = _deal(weight.square(), order, 4, 1, generator)
+        before, after = (share_of(NM(m=4), weight[:, each], 1) for each in (order, new))
+        assert after >= before - 1e-7 and sorted(new.tolist()) == list(range(64))
+        order = new
 
 
 def test_selection_keeps_the_largest_units() -> None:
