@@ -21,7 +21,6 @@ from padst_compiler.structures import Shape, Structure
 
 __all__ = ["from_description", "to_dense", "to_description"]
 
-_OWN = ("structure", "shape", "side", "dense_type", "config")
 _KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
     "linear": SparseLinear,
     "conv1d": SparseConv1D,
@@ -66,7 +65,7 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         >>> to_description(model[0], ["0"])["structure"]
         'nm:2:4'
     """
-    soft = layer.soft_permutation
+    soft, selection = layer.soft_permutation, layer.selection
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
     if soft is not None:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
@@ -78,10 +77,9 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         "shape": [layer.shape.out_features, layer.shape.in_features],
         "side": layer.side,
         "permutation": state,
-        "selection": None if layer.selection is None else layer.selection.kept,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
-    }
+    } | ({} if selection is None else {"selection": selection.kept})
 
 
 def from_description(
@@ -122,8 +120,7 @@ def from_description(
     if not isinstance(module, SparseLayer):
         _KINDS[kind].adopt(module, structure, indices, None, side, values)
         assert isinstance(module, SparseLayer)
-    resized = module.indices.shape != indices.shape
-    resized |= module.size()[1] != (None if rows is None else rows.numel())
+    resized = module.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
     if module.recorder is not None and (resized or module.structure != structure):
         ours = f"{module.structure} with {tuple(module.indices.shape)} units"
         raise ValueError(
@@ -151,7 +148,7 @@ def _restore(layer: SparseLayer) -> None:
     for name in ("values", "indices", "rows", "selection", "permutation", "recorder"):
         delattr(layer, name)
     dense_type = layer.dense_type
-    for name in _OWN:
+    for name in ("structure", "shape", "side", "dense_type", "config"):
         layer.__dict__.pop(name, None)
     layer.__class__ = dense_type  # type: ignore[assignment]
     layer.register_parameter("weight", nn.Parameter(weight, trainable))
@@ -186,8 +183,8 @@ def _check_topology(
     layout = structure.index_shape(shape, kept)
     whole = structure.refusal(shape) is None and 1 <= kept <= candidates
     whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
-    need = f"int32 indices of {structure} on {shape}"
-    _require(whole, need, f"{indices.dtype} {tuple(indices.shape)}", _DAMAGED)
+    got = f"{indices.dtype} {tuple(indices.shape)}"
+    _require(whole, f"int32 indices of {structure} on {shape}", got, _DAMAGED)
     size = (*layout, *structure.unit(shape))
     _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
     if rows is not None:
@@ -196,8 +193,8 @@ def _check_topology(
         fine = fine and int(rows[-1]) < shape.out_features and structure.name in ("fan_in", "nm")
         _require(fine, f"ascending rows below {shape.out_features}", "others", _DAMAGED)
         shape = Shape(rows.numel(), shape.in_features)
-        used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
-        indices = indices.reshape(-1)[:used]
+        width = width_of(structure, indices.numel(), shape)
+        indices = indices.reshape(-1)[: structure.table(shape)[0] * width]
     slots = structure.slots(indices, shape).sort(dim=1).values
     unique = bool((slots.diff(dim=1) > 0).all())
     inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
@@ -206,15 +203,13 @@ def _check_topology(
 
 def _selection(layer: SparseLayer, kept: int | None) -> SoftSelection | None:
     """Return a soft selection of ``kept`` units; the present one where it is of the same kind."""
-    present = layer.selection
+    present, units = layer.selection, layer.structure.table(layer.shape)[1]
     if kept is None or (present is not None and present.kept == kept):
         return None if kept is None else present
-    units = layer.structure.table(layer.shape)[1]
     fits = layer.structure.name == "diagonal" and layer.kept == units and 0 < kept <= units
     _require(fits, f"all {units} diagonals for a soft selection", layer.kept, _DAMAGED)
     soft = SoftSelection(units, kept, layer.values.device)
-    soft.alpha.requires_grad_(layer.values.requires_grad)
-    return soft
+    return soft.requires_grad_(layer.values.requires_grad)
 
 
 def _permutation(

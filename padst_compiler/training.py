@@ -230,10 +230,11 @@ class DynamicSparsity:
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
         churn = self._move(name, layer) if update else None
-        look = self._hardening.look(name) if name in self._hardening.soft else None
-        if churn is None and look is None:
-            return
         due = self.schedule.checks_at(self.step_count)
+        soft = name in self._hardening.soft and (due or churn is not None)
+        if churn is None and not soft:
+            return
+        look = self._hardening.look(name) if soft else None
         done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
         event: Any = {"step": self.step_count, "layer": name, "gap": gap, "penalty": penalty}

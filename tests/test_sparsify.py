@@ -16,7 +16,8 @@ from padst_compiler.layers import sparse_layers as layers_of
 from padst_compiler.permutation import FixedPermutation
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.sites import Site
-from padst_compiler.sparsify import random_topology, sparsify
+from padst_compiler.sparsify import sparsify
+from padst_compiler.starts import random_topology
 from padst_compiler.structures import STRUCTURES, Shape, Structure, Unstructured
 
 SIZES: dict[str, str] = {"block": "block:8"}  # others fit the small models as they are
