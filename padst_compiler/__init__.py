@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from padst_compiler.checkpoint import load, save
 from padst_compiler.config import SparseConfig
-from padst_compiler.convert import to_dense
+from padst_compiler.densify import to_dense
 from padst_compiler.layers import SparseLayer, sparse_layers
 from padst_compiler.plan import plan
 from padst_compiler.sparsify import sparsify

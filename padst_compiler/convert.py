@@ -1,8 +1,7 @@
-"""A sparse layer in other forms: dense again, and the description of it that a file holds."""
+"""A sparse layer and the description of it that a file holds."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,45 +10,19 @@ from torch import Tensor, nn
 
 from padst_compiler.config import SparseConfig, describe, parse_structure
 from padst_compiler.index_map import IndexMap
-from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
+from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
 from padst_compiler.relaxations.spelling import read_back
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
+from padst_compiler.starts import KINDS
 from padst_compiler.storage import width_of
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["from_description", "to_dense", "to_description"]
+__all__ = ["from_description", "to_description"]
 
-_KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
-    "linear": SparseLinear,
-    "conv1d": SparseConv1D,
-    "conv1x1": SparsePointwiseConv,
-}
 _REBUILD = "Build the same architecture."
 _DAMAGED = "The file is damaged: take another copy."
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """Return a plain copy of ``model``: every sparse layer is the dense module that it was.
-
-    The weight is the effective one, zeros included, so the outputs are the same up to rounding. A
-    soft permutation is multiplied in, which leaves no zeros; call ``harden`` first to keep them.
-
-    Args:
-        model: stays as it is; may itself be a sparse layer.
-
-    Example:
-        >>> import padst_compiler as padst
-        >>> model = padst.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
-        >>> to_dense(model)[0]
-        Linear(in_features=64, out_features=64, bias=True)
-    """
-    plain = copy.deepcopy(model)
-    for module in list(plain.modules()):
-        if isinstance(module, SparseLayer):
-            _restore(module)
-    return plain
 
 
 def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
@@ -71,7 +44,7 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
     return {
         "names": list(names),
-        "kind": next(word for word, kind in _KINDS.items() if isinstance(layer, kind)),
+        "kind": next(word for word, kind in KINDS.items() if isinstance(layer, kind)),
         "dims": _dims(layer),
         "structure": describe(layer.structure),
         "shape": [layer.shape.out_features, layer.shape.in_features],
@@ -118,7 +91,7 @@ def from_description(
     side = fields["side"]
     _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
     if not isinstance(module, SparseLayer):
-        _KINDS[kind].adopt(module, structure, indices, None, side, values)
+        KINDS[kind].adopt(module, structure, indices, None, side, values)
         assert isinstance(module, SparseLayer)
     resized = module.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
     if module.recorder is not None and (resized or module.structure != structure):
@@ -141,20 +114,6 @@ def from_description(
     return module
 
 
-def _restore(layer: SparseLayer) -> None:
-    with torch.no_grad():
-        weight = layer.weight.to(layer.values.dtype).contiguous()
-    trainable, bias = layer.values.requires_grad, layer._parameters.pop("bias", None)
-    for name in ("values", "indices", "rows", "selection", "permutation", "recorder"):
-        delattr(layer, name)
-    dense_type = layer.dense_type
-    for name in ("structure", "shape", "side", "dense_type", "config"):
-        layer.__dict__.pop(name, None)
-    layer.__class__ = dense_type  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, trainable))
-    layer._parameters["bias"] = bias  # after the weight, as in a dense layer
-
-
 def _dims(module: nn.Module) -> int:
     return len(getattr(module, "stride", ()))  # spatial axes of a convolution
 
@@ -167,7 +126,7 @@ def _module_at(
         found = "none" if site is None else f"one under the names {list(site.names)}"
         raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
     module, sparse = site.module, site.kind == "sparse"
-    fits = isinstance(module, _KINDS[kind]) if sparse else site.kind == kind
+    fits = isinstance(module, KINDS[kind]) if sparse else site.kind == kind
     fits = fits and site.shape == shape and _dims(module) == dims
     _require(fits, f"a {kind} of {shape}", f"{type(module).__name__} of {site.shape}", _REBUILD)
     obstacle = "" if sparse else site.obstacle
