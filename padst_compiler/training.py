@@ -126,7 +126,7 @@ class DynamicSparsity:
 
         P(M) sums ``l1 - l2`` over N rows and N columns. Divided by 2 N it is their mean gap, below
         1 for every width; then the mean over the layers that are still soft. So the penalty stays
-        below ``penalty_weight``, which compares with a task loss of the order of 1. It is a scalar on
+        below ``penalty_weight``, which compares with a task loss of the order of 1. A scalar on
         the model's device, 0 where nothing is soft. The method may add a term of its own.
         """
         total = torch.zeros((), device=next(iter(self._layers.values())).values.device)
