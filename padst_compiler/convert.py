@@ -182,7 +182,7 @@ def _check_topology(
     structure: Structure, shape: Shape, indices: Tensor, values: Tensor, rows: Tensor | None
 ) -> None:
     groups, candidates = structure.table(shape)
-    kept = indices.numel() // max(1, groups)
+    kept = indices.numel() // max(1, groups * structure.indices_per_unit(shape))
     layout = structure.index_shape(shape, kept)
     whole = structure.refusal(shape) is None and 1 <= kept <= candidates
     whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
@@ -198,8 +198,10 @@ def _check_topology(
         shape = Shape(rows.numel(), shape.in_features)
         used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
         indices = indices.reshape(-1)[:used]
-    slots = structure.slots(indices, shape).sort(dim=1).values
-    unique = bool((slots.diff(dim=1) > 0).all())
+    slots = structure.slots(indices, shape)
+    unique = bool((structure.indices_of(slots, shape).view(-1) == indices.view(-1)).all())
+    slots = slots.sort(dim=1).values
+    unique = unique and bool((slots.diff(dim=1) > 0).all())
     inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
     _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
 
