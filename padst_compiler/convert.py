@@ -138,7 +138,7 @@ def _check_topology(
     structure: Structure, shape: Shape, indices: Tensor, values: Tensor, rows: Tensor | None
 ) -> None:
     groups, candidates = structure.table(shape)
-    kept = indices.numel() // max(1, groups)
+    kept = indices.numel() // max(1, groups * structure.indices_per_unit(shape))
     layout = structure.index_shape(shape, kept)
     whole = structure.refusal(shape) is None and 1 <= kept <= candidates
     whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
@@ -152,10 +152,12 @@ def _check_topology(
         fine = fine and int(rows[-1]) < shape.out_features and structure.name in ("fan_in", "nm")
         _require(fine, f"ascending rows below {shape.out_features}", "others", _DAMAGED)
         shape = Shape(rows.numel(), shape.in_features)
-        width = width_of(structure, indices.numel(), shape)
-        indices = indices.reshape(-1)[: structure.table(shape)[0] * width]
-    slots = structure.slots(indices, shape).sort(dim=1).values
-    unique = bool((slots.diff(dim=1) > 0).all())
+        used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
+        indices = indices.reshape(-1)[:used]
+    slots = structure.slots(indices, shape)
+    unique = bool((structure.indices_of(slots, shape).view(-1) == indices.view(-1)).all())
+    slots = slots.sort(dim=1).values
+    unique = unique and bool((slots.diff(dim=1) > 0).all())
     inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
     _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
 

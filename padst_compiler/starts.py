@@ -66,8 +66,7 @@ def random_topology(
     """
     assert site.shape is not None
     scores = torch.rand(structure.table(site.shape), generator=generator)
-    indices = scores.topk(kept, dim=1).indices.sort(dim=1).values
-    return indices.to(torch.int32).view(structure.index_shape(site.shape, kept))
+    return structure.indices_of(scores.topk(kept, dim=1).indices.sort(dim=1).values, site.shape)
 
 
 def weight_of(site: Site) -> nn.Parameter:
