@@ -45,7 +45,7 @@ class Exploration:
         """Take down the units that are active now, then follow ``optimizer``."""
         self._layers = some_sparse(model)
         self._bits = {name: _room(layer) for name, layer in self._layers.items()}
-        self._seen: dict[str, tuple[int, int, int]] = {}
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # buffer and version, at the last look
         self.note()
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -53,11 +53,12 @@ class Exploration:
     def note(self) -> None:
         """Take down the active units of every layer whose topology was written to."""
         for name, layer in self._layers.items():
-            now = _stamp(layer)
-            if self._seen.get(name) != now:
-                bits = self._bits[name] = self._bits[name].to(layer.indices.device)
-                _mark(bits, _units(layer))
-                self._seen[name] = now
+            indices, version = self._seen.get(name, (None, 0))
+            if indices is layer.indices and version == layer.indices._version:
+                continue
+            bits = self._bits[name] = self._bits[name].to(layer.indices.device)
+            _mark(bits, _units(layer))
+            self._seen[name] = (layer.indices, layer.indices._version)
 
     def rates(self) -> dict[str, float]:
         """Return by layer the share of all candidate units that were ever active."""
@@ -104,12 +105,6 @@ def _candidates(layer: SparseLayer) -> int:
 def _room(layer: SparseLayer) -> Tensor:
     size = (_candidates(layer) + 7) // 8
     return torch.zeros(size, dtype=torch.uint8, device=layer.indices.device)
-
-
-def _stamp(layer: SparseLayer) -> tuple[int, int, int]:
-    """Return what changes with every write to the topology; reads no memory of a device."""
-    rows = layer.rows
-    return id(layer.indices), layer.indices._version, -1 if rows is None else rows._version
 
 
 def _units(layer: SparseLayer) -> Tensor:
