@@ -95,7 +95,7 @@ def learn(teacher: Teacher, soft: SoftPermutation, run: Run, seed: int) -> Found
         l1, l2 = soft.norms()
         gap = (l1 - l2).mean()
         weight = run.penalty * (min(1.0, 2.0 * step / run.steps) if run.ramp else 1.0)
-        (loss + weight * gap).backward()  # type: ignore[no-untyped-call]
+        (loss + weight * gap).backward()
         optimizer.step()
         if run.cosine:
             scheduler.step()

@@ -13,7 +13,7 @@ from padst_compiler import theory
 from padst_compiler.averaging import EMA
 from padst_compiler.checkpoint import load, save
 from padst_compiler.config import SparseConfig
-from padst_compiler.convert import to_dense
+from padst_compiler.densify import to_dense
 from padst_compiler.exploration import Exploration
 from padst_compiler.layers import SparseLayer, sparse_layers
 from padst_compiler.plan import plan

@@ -156,7 +156,7 @@ def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
 
 def _mask(axis: Any, layer: SparseLayer, title: str) -> None:
     with torch.no_grad():
-        weight = layer.structure.unpack(layer.values, layer.indices, layer.shape).cpu()
+        weight = layer.matrix().detach().cpu()
     bound = float(weight.abs().max()) or 1.0
     if weight.shape[0] > weight.shape[1]:
         weight, title = weight.t(), f"{title} (transposed)"

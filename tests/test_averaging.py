@@ -59,12 +59,13 @@ def test_dense_parts_are_averaged_and_statistics_copied() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     ema = EMA(model, decay=0.5)
-    before = model[3].bias.detach().clone()
+    bias = model.get_parameter("3.bias")
+    before = bias.detach().clone()
     step(model, optimizer, None)
     ema.update(model)
     average, norm = ema.model.get_parameter("3.bias"), ema.model.get_buffer("1.running_mean")
-    torch.testing.assert_close(average, (before + model[3].bias) / 2)
-    assert torch.equal(norm, model[1].running_mean)
+    torch.testing.assert_close(average, (before + bias) / 2)
+    assert torch.equal(norm, model.get_buffer("1.running_mean"))
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
 
 

@@ -23,7 +23,9 @@ class Reads(nn.Module):
         y = y + layers["joined"](torch.cat([x[..., :4], x[..., :4]], dim=-1))
         y = y + layers["turned"](x.transpose(0, 1)).transpose(0, 1)
         y = y + layers["later"](y) + layers["twice"](x)
-        return y + layers["twice"](y)
+        y = y + layers["twice"](y)
+        assert isinstance(y, Tensor)
+        return y
 
 
 def test_sites_that_read_one_tensor_have_the_same_word_for_it() -> None:
@@ -45,7 +47,8 @@ def test_a_write_in_place_makes_another_tensor() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = x + 1.0
             y: Tensor = self.a(x)
-            return y + self.b(x.mul_(2.0))
+            z: Tensor = self.b(x.mul_(2.0))
+            return y + z
 
     model = Writes()
     first, second = discover(model, trace(model, torch.randn(3, 4)))

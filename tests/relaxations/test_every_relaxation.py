@@ -38,7 +38,7 @@ def spread(soft: SoftPermutation, size: float, seed: int) -> SoftPermutation:
 def slow_penalty(matrix: Tensor) -> float:
     """P(M), entry by entry."""
     lines = [*matrix.double().tolist(), *matrix.double().t().tolist()]
-    return sum(sum(map(abs, line)) - math.sqrt(sum(v * v for v in line)) for line in lines)
+    return math.fsum(math.fsum(map(abs, line)) - math.hypot(*line) for line in lines)
 
 
 def test_every_relaxation_is_tested() -> None:

@@ -1,6 +1,7 @@
 """Low-rank logits: ranks of method.md 8A.8, Sinkhorn against divisions, memory of 8C.7."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Return the most that ``run`` held at once of what it allocated on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    results = seen.profiler.kineto_results
     moves = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     live = peak = 0
     for _, size in sorted(moves, key=lambda move: move[0]):
@@ -25,7 +26,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def soft_of(size: int, **settings: int) -> LowRankPermutation:
+def soft_of(size: int, **settings: Any) -> LowRankPermutation:
     return LowRankPermutation(size, torch.Generator().manual_seed(0), **settings)
 
 

@@ -33,8 +33,8 @@ def test_none_random_and_learned_have_no_kind() -> None:
     ("text", "said"),
     [
         ("sinkhron", "Did you mean 'sinkhorn'"),
-        ("", "Expected permutation none, random, learned"),
-        (None, "Expected permutation none, random, learned"),
+        ("", "Expected permutation none, random, magnitude, learned"),
+        (None, "Expected permutation none, random, magnitude, learned"),
         ("low_rank:", "low_rank:rank, a whole number of at least 1. Got 'low_rank:'"),
         ("low_rank:0", "low_rank:rank"),
         ("low_rank:x", "low_rank:rank"),

@@ -1,6 +1,7 @@
 """Streamed products and moments against whole matrices, in float64, and what they hold at once."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from padst_compiler.relaxations.streaming import moments, potential, product
 
+Factors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the most that ``run`` held at once of what it allocated on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    results = seen.profiler.kineto_results
     moves = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     live = peak = 0
     for _, size in sorted(moves, key=lambda move: move[0]):
@@ -23,10 +26,11 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def factors(size: int, rank: int, generator: torch.Generator) -> list[Tensor]:
+def factors(size: int, rank: int, generator: torch.Generator) -> Factors:
     sizes = [(size, rank), (size, rank), (size,), (size,)]
     made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
-    return [one.requires_grad_() for one in made]
+    left, right, a, b = (one.requires_grad_() for one in made)
+    return left, right, a, b
 
 
 def whole(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -66,25 +70,29 @@ def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(1)
     held = factors(5, 2, generator)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: product(*t, 10), (x, *held))
-    assert torch.autograd.gradcheck(lambda *t: moments(*t, 10), tuple(held))
-    assert torch.autograd.gradcheck(lambda *t: potential(*t, 10), tuple(held[:3]))
+    check = torch.autograd.gradcheck
+    assert check(lambda x, left, right, a, b: product(x, left, right, a, b, 10), (x, *held))
+    assert check(lambda left, right, a, b: moments(left, right, a, b, 10), held)
+    assert check(lambda left, right, shift: potential(left, right, shift, 10), held[:3])
 
 
 def test_second_derivatives_are_refused() -> None:
     held = factors(4, 2, torch.Generator().manual_seed(0))
     (first,) = torch.autograd.grad(potential(*held[:3]).square().sum(), held[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable"):
-        first.sum().backward()  # type: ignore[no-untyped-call]
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("chunk", [2**14, 2**16])
 def test_only_some_rows_exist_at_once(chunk: int) -> None:
     size = 1024
-    held = [one.detach().float().requires_grad_() for one in factors(size, 8, torch.Generator())]
+    left, right, a, b = (t.detach().float() for t in factors(size, 8, torch.Generator()))
+    for one in (left, right, a, b):
+        one.requires_grad_()
     x = torch.randn(4, size)
 
     def run() -> None:
-        (product(x, *held, chunk).sum() + moments(*held, chunk)[1].sum()).backward()  # type: ignore[no-untyped-call]
+        squares = moments(left, right, a, b, chunk)[1]
+        (product(x, left, right, a, b, chunk).sum() + squares.sum()).backward()
 
     assert peak_bytes(run) < 6 * 4 * chunk + 40 * 4 * 8 * size < 4 * size * size
