@@ -12,6 +12,8 @@ absorbed                      modulo
 blocks of b moved whole, and  the share of features that leave their block, blocks renamed at best:
 shuffled within (block, N:M)  linear assignment on the ``(n / b)^2`` table of who goes where
 cyclic shifts (diagonal)      the share that the nearest shift does not explain
+shuffles within residue       the share that the nearest shift of all classes does not explain
+classes (diagonal, modulus)
 every permutation             0
 none but the identity         raw
 ============================  ======================================================================
@@ -28,7 +30,13 @@ import torch
 from padst_compiler.index_map import IndexMap
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["moved", "moved_between_blocks", "moved_modulo", "moved_off_shift"]
+__all__ = [
+    "moved",
+    "moved_between_blocks",
+    "moved_between_residues",
+    "moved_modulo",
+    "moved_off_shift",
+]
 
 
 def moved(perm: IndexMap) -> float:
@@ -93,6 +101,23 @@ def moved_off_shift(perm: IndexMap, step: int = 1) -> float:
     return 1.0 - int(best) / perm.size
 
 
+def moved_between_residues(perm: IndexMap, modulus: int) -> float:
+    """Return the share of features whose residue class moves otherwise than the others' do.
+
+    Args:
+        perm: of a number of features that ``modulus`` divides.
+        modulus: the number of classes; feature j is in class ``j mod modulus``.
+
+    Example:
+        >>> moved_between_residues(IndexMap.of([3, 0, 1, 2]), 2)  # both classes move on by one
+        0.0
+        >>> moved_between_residues(IndexMap.of([1, 0, 2, 3]), 2)
+        0.5
+    """
+    shifts = (perm.perm - torch.arange(perm.size)) % modulus
+    return 1.0 - int(shifts.bincount().max()) / perm.size
+
+
 def moved_modulo(perm: IndexMap, structure: Structure, shape: Shape, side: str) -> float:
     """Return the smallest share of features that ``perm`` moves beyond what ``structure`` absorbs.
 
@@ -122,6 +147,7 @@ def moved_modulo(perm: IndexMap, structure: Structure, shape: Shape, side: str) 
         return 0.0
     found = [moved(perm)]
     found += [moved_between_blocks(perm, block) for block in _blocks(perm.size, asks)]
+    found += [moved_between_residues(perm, number) for number in _moduli(perm.size, asks)]
     if (step := _shift_step(perm.size, asks)) is not None:
         found.append(moved_off_shift(perm, step))
     return min(found)
@@ -140,6 +166,20 @@ def _blocks(size: int, absorbs: Callable[[IndexMap], bool]) -> list[int]:
         and absorbs(_swap(size, block))
         and absorbs(_cycle(size, size, block))
     ]
+
+
+def _moduli(size: int, absorbs: Callable[[IndexMap], bool]) -> list[int]:
+    """Return the moduli whose classes may be shuffled within and shifted alike."""
+    if not absorbs(_cycle(size, size, 1)):
+        return []
+    found = []
+    for modulus in _divisors(size)[1:-1]:
+        order = torch.arange(size).view(-1, modulus)
+        swap, cycle = order.clone(), order.clone()
+        swap[:2, 0], cycle[:, 0] = order[:2, 0].flip(0), order[:, 0].roll(1)
+        if all(absorbs(IndexMap(table.flatten())) for table in (swap, cycle)):
+            found.append(modulus)
+    return found
 
 
 def _shift_step(size: int, absorbs: Callable[[IndexMap], bool]) -> int | None:

@@ -128,7 +128,6 @@ class Report:
         return table([_TITLES.get(name, name) for name in names], body)
 
 
-@torch.no_grad()
 def report(
     model: nn.Module,
     training: DynamicSparsity | None = None,
@@ -159,6 +158,7 @@ def report(
     return describe_layers(some_sparse(model), training, explored)
 
 
+@torch.no_grad()
 def describe_layers(
     layers: Mapping[str, SparseLayer],
     training: DynamicSparsity | None,

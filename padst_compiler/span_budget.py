@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-from padst_compiler.structures import Shape, Structure
+from padst_compiler.structures import Block, Diagonal, Shape, Structure, Unstructured
 
 __all__ = ["budgets", "log2_regions", "overhead", "span"]
 
@@ -53,12 +53,12 @@ def span(structure: Structure, shape: Shape, kept: int, inputs: int | None = Non
     """
     inputs = shape.in_features if inputs is None else inputs
     groups, _ = structure.table(shape)
-    nnz = groups * kept * math.prod(structure.unit(shape))
-    if structure.name == "unstructured":
+    nnz = groups * kept * structure.unit_size(shape)
+    if isinstance(structure, Unstructured):
         return Fraction(inputs)
-    if structure.name == "block":
-        return Fraction(structure.unit(shape)[-1])
-    if structure.name == "diagonal":
+    if isinstance(structure, Block):
+        return Fraction(structure.sides[1])
+    if isinstance(structure, Diagonal):
         return Fraction(nnz, min(shape.out_features, shape.in_features))
     return Fraction(nnz, shape.numel) * inputs
 

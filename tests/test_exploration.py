@@ -7,9 +7,13 @@ from torch import nn
 import padst_compiler as padst
 from padst_compiler.exploration import Exploration
 from padst_compiler.layers import sparse_layers
+from padst_compiler.structures import Block, Diagonal, Structure
+
+STRUCTURES: list[Structure | str] = ["block:4", "nm:8", "diagonal", "fan_in", "unstructured"]
+STRUCTURES += [Diagonal(band=4), Diagonal(modulus=4), Block(4, 8, balanced=False)]
 
 
-def net(structure: str) -> nn.Sequential:
+def net(structure: Structure | str) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Linear(16, 4))
     config = padst.SparseConfig(structure, sparsity=0.75, permutation="none")
     padst.sparsify(model, {"0": config, "2": config})
@@ -26,8 +30,8 @@ def active(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("method", ["set", "rigl", "srigl"])
-@pytest.mark.parametrize("structure", ["block:4", "nm:8", "diagonal", "fan_in", "unstructured"])
-def test_the_rate_counts_what_was_ever_active(structure: str, method: str) -> None:
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_the_rate_counts_what_was_ever_active(structure: Structure | str, method: str) -> None:
     if method == "srigl" and structure not in ("fan_in", "nm:8"):
         method = "set"
     model = net(structure)

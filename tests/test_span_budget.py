@@ -39,6 +39,9 @@ def test_nm_needs_m_over_n_layers(n: int, m: int) -> None:
 
 def test_fan_in_counts_as_nm_and_unstructured_as_dense() -> None:
     assert span(FanIn(), SQUARE, 77) == 77 and overhead(768, 77) == 10
+    bands = Diagonal(band=16)  # 5 bands of 16 diagonals
+    assert span(bands, SQUARE, bands.kept(SQUARE, 0.9)) == 80
+    assert span(Block(64, 16), SQUARE, 5) == 16  # of 16 inputs
     wide = Shape(3072, 3072)
     assert span(FanIn(), wide, 308, inputs=768) == 77  # alpha d_0, d_0 of the network
     assert span(Unstructured(), SQUARE, 100) == 768
