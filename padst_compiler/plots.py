@@ -120,7 +120,7 @@ def _bars(axis: Any, report: Report, colours: dict[str, str], title: str) -> Non
     """Draw one group of bars per layer; what is not known has no bar."""
     names, width = list(report.layers), 0.8 / len(colours)
     for place, (field, colour) in enumerate(colours.items()):
-        known = [(n, getattr(report.layers[name], field)) for n, name in enumerate(names)]
+        known = [(float(n), getattr(report.layers[name], field)) for n, name in enumerate(names)]
         known = [(n + place * width - 0.4 + width / 2, v) for n, v in known if v is not None]
         axis.bar([n for n, _ in known], [v for _, v in known], width, color=colour, label=field)
     axis.set(title=title, ylim=(0, 1))

@@ -116,4 +116,5 @@ def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def _basis(rows: Tensor) -> Tensor:
     """Return an orthonormal basis of the span of ``rows``; directions below 1e-9 are rounding."""
     _, sizes, right = torch.linalg.svd(rows / rows.norm(dim=1, keepdim=True), full_matrices=False)
-    return right[sizes > 1e-9 * sizes[0]]
+    kept: Tensor = right[sizes > 1e-9 * sizes[0]]
+    return kept

@@ -159,7 +159,15 @@ def expressivity(model: nn.Module, inputs: int | None = None) -> Expressivity:
     depths = [next((n + 1 for n, u in enumerate(us) if u == inputs), None) for us in found]
     dense = [log2_regions(m.shape.out_features, inputs) for m in layers.values()]
     total = sum(row.log2_regions for row in rows)
-    return Expressivity(inputs, tuple(rows), *depths, total, sum(dense))
+    return Expressivity(
+        inputs=inputs,
+        layers=tuple(rows),
+        dense_at=depths[0],
+        dense_at_mixed=depths[1],
+        dense_at_plain=depths[2],
+        log2_regions=total,
+        log2_regions_dense=sum(dense),
+    )
 
 
 def _span(layer: SparseLayer, inputs: int) -> Fraction:

@@ -36,7 +36,9 @@ def test_the_rate_counts_what_was_ever_active(structure: Structure | str, method
         method = "set"
     model = net(structure)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = padst.DynamicSparsity(model, optimizer, method, total_steps=40, update_every=3)
+    training = padst.DynamicSparsity(
+        model, optimizer, method, total_steps=40, update_every=3, drop_fraction=0.8
+    )
     explored = Exploration(model, optimizer)
     union = active(model)
     generator = torch.Generator().manual_seed(0)

@@ -63,7 +63,7 @@ def test_200_random_chains_against_a_plain_recurrence(structure: Structure) -> N
             expected.append(u)
         assert budgets(inputs, spans, mixes) == expected
         same = [spans[0]] * 300
-        reached = budgets(inputs, same, [True] * 300).index(inputs) + 1
+        reached = budgets(inputs, same, [True] * 300).index(Fraction(inputs)) + 1
         assert reached == overhead(inputs, spans[0])
 
 
