@@ -88,10 +88,14 @@ def train(case: Case, data: Path) -> dict[str, Any]:
         training.detach()
         padst.harden(model)
     hardened = [event["step"] / steps for event in history if event["hardened"]]
+    layers = padst.report(model).layers.values() if sparse else ()
+    moved = [e.distance_modulo for e in layers if e.distance_modulo is not None]
     return asdict(case) | {
         "accuracy": round(accuracy(model, images.test_x, images.test_y), 2),
         "hardened_at": round(statistics.mean(hardened), 3) if hardened else "",
         "left_soft": soft,
+        "moved": round(statistics.mean(moved), 3) if moved else "",
+        "ablated": sum(e.ablated for e in layers),
         "cpu_seconds": round(time.process_time() - start, 1),
     }
 
@@ -101,9 +105,11 @@ def controller(
 ) -> padst.DynamicSparsity:
     """Return the controller that a case asks for."""
     options: dict[str, Any] = {"total_steps": steps, "update_every": 50, "end": 0.7}
-    if case.method == "static":
-        options["drop_fraction"] = 0.0
-    method = "rigl" if case.method == "static" else case.method
+    method: padst.methods.Method | str = case.method
+    name, _, gamma = case.method.partition(":")
+    if name == "srigl" and gamma:
+        none = gamma == "none"
+        method = padst.methods.SRigL(ablation=not none, gamma_sal=0.3 if none else float(gamma))
     return padst.DynamicSparsity(
         model, optimizer, method, penalty_weight=case.penalty, seed=case.seed, **options
     )

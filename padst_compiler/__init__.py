@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from padst_compiler import theory
+from padst_compiler import methods, theory
 from padst_compiler.averaging import EMA
 from padst_compiler.checkpoint import load, save
 from padst_compiler.config import SparseConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NM", "Block", "Diagonal", "FanIn", "SparseConfig", "SparseLayer", "Unstructured"]
 __all__ += ["load", "plan", "save", "sparse_layers", "sparsify", "to_dense"]
-__all__ += ["EMA", "DynamicSparsity", "Exploration", "harden"]
+__all__ += ["EMA", "DynamicSparsity", "Exploration", "harden", "methods"]
 __all__ += ["TensorBoard", "explain", "export_onnx", "report", "theory"]
 
 __version__ = "0.1.0"
