@@ -11,11 +11,10 @@ Rewrite = Callable[..., Any]
 
 
 def watched(y: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    scores = torch.zeros(indices.shape)
-    armed = torch.zeros((), dtype=torch.bool)
-    result: Tensor = torch.ops.padst.watch(
-        y, x, armed, torch.zeros_like(indices), scores, scores.clone(), indices, "fan_in"
-    )
+    scores, listed = torch.zeros(indices.shape), torch.zeros_like(indices)
+    armed, status = torch.zeros((), dtype=torch.bool), torch.zeros((), dtype=torch.int32)
+    record = (listed, scores, scores.clone(), torch.zeros(0), status)
+    result: Tensor = torch.ops.padst.watch(y, x, armed, *record, indices, "fan_in")
     return result
 
 
