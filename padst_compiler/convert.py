@@ -40,8 +40,9 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
     """
     soft = layer.soft_permutation
     # What few layers have, and files of before do not name.
-    extra = {} if layer.selection is None else {"selection": layer.selection.kept}
-    extra |= {"kernel": _kernel(layer)} if _kernel(layer) else {}
+    extra: dict[str, Any] = {"kernel": kernel} if (kernel := _kernel(layer)) else {}
+    if layer.selection is not None:
+        extra["selection"] = layer.selection.kept
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
     if soft is not None:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}

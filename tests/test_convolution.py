@@ -1,6 +1,7 @@
 """Sparse k x k convolutions: against patches and explicit matrices in float64."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 import padst_compiler as padst
 from padst_compiler.convolution import SparseConv2d
 from padst_compiler.index_map import IndexMap
-from padst_compiler.layers import SparseLayer, sparse_layers
+from padst_compiler.layers import sparse_layers
 from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.recorder import Recorder
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
@@ -70,7 +71,8 @@ def padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
         whole = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         pads = [n for total in whole[::-1] for n in (total // 2, total - total // 2)]
     else:
-        pads = [n for one in tuple(conv.padding)[::-1] for n in (int(one), int(one))]
+        assert isinstance(conv.padding, tuple)
+        pads = [n for one in conv.padding[::-1] for n in (one, one)]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return F.pad(x, pads, mode=mode)
 
@@ -95,7 +97,7 @@ def effective(layer: SparseConv2d, values: Tensor) -> Tensor:
     matrix = layer.structure.unpack(values, layer.indices, layer.shape)
     if layer.permutation is None:
         return matrix
-    perm = layer.permutation.matrix()
+    perm = layer.permutation.matrix().double()
     return matrix @ perm if layer.side == "input" else perm @ matrix
 
 
@@ -146,7 +148,7 @@ def test_ablated_neurons_leave_the_convolution_and_keep_their_bias(perm: str, si
     for place, row in enumerate(rows.tolist()):
         matrix[row, units[place].long()] = numbers[place]
     if layer.permutation is not None:
-        soft = layer.permutation.matrix().detach()
+        soft = layer.permutation.matrix().detach().double()
         matrix = matrix @ soft if side == "input" else soft @ matrix
     wanted = F.conv2d(x, matrix.view(8, 4, 3, 3), layer.bias, padding=1)
     torch.testing.assert_close(layer(x), wanted)
@@ -199,7 +201,7 @@ def test_the_recorder_sees_the_dense_gradient_of_s(
     full.requires_grad_()
     weight = full
     if layer.permutation is not None:
-        soft = layer.permutation.matrix().detach()
+        soft = layer.permutation.matrix().detach().double()
         weight = full @ soft if side == "input" else soft @ full
     F.conv2d(x, weight.view(8, 4, 3, 3), None, stride=2, padding=1).backward(upstream)
     assert full.grad is not None
@@ -293,46 +295,54 @@ def test_a_compiled_training_step_is_not_compiled_again_when_masks_move() -> Non
     assert len(training.history) == 5 and sum(event["churn"] for event in training.history) > 0
 
 
-def sparse_network(structure: str, permutation: str = "random") -> nn.Module:
+def sparse_network(structure: str, permutation: str = "random") -> nn.Sequential:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
     net.append(nn.Conv2d(16, 8, (1, 3), padding="same"))
     config = padst.SparseConfig(structure, 0.75, permutation=permutation)
-    return padst.sparsify(net, {"2": config, "4": config}).eval()
+    padst.sparsify(net, {"2": config, "4": config})
+    return net.eval()
 
 
-@pytest.mark.parametrize("structure", ["block:8", "fan_in", "diagonal:modulus=4"])
-def test_compiled_and_exported_it_is_one_dense_convolution(structure: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("structure", ["block:8", "diagonal:modulus=4"])
+def test_compiled_and_exported_it_is_one_dense_convolution(structure: str, tmp_path: Path) -> None:
     net, x = sparse_network(structure), torch.randn(2, 3, 9, 9)
-    counter = CompileCounterWithBackend("aot_eager")
+    layer = sparse_layers(net)["2"]
     with torch.no_grad():
-        wanted = net(x)
-        options = {"verify": "strict"}
-        for backend in ("inductor", "padst"):
-            torch.compiler.reset()
-            given = options if backend == "padst" else None
-            fast = torch.compile(net, backend=backend, options=given, fullgraph=True)
-            torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-5)
-            assert isinstance(net[2], SparseLayer)
-        net[2].values.mul_(2.0)  # noticed: what was unpacked once is unpacked again
+        fast = torch.compile(net, backend="padst", options={"verify": "strict"}, fullgraph=True)
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+        layer.values.mul_(2.0)  # noticed: what was unpacked once is unpacked again
         torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     report = padst.export_onnx(net, (x,), tmp_path / "net.onnx")
     assert report.nodes["Conv"] == 3 and report.gathers == 0
     assert not {"ScatterElements", "ScatterND"} & report.nodes.keys()
-    del counter
+
+
+def test_plain_inductor_compiles_it() -> None:
+    net, x = sparse_network("fan_in"), torch.randn(2, 3, 9, 9)
+    fast = torch.compile(net, fullgraph=True)
+    y = fast(x)
+    torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-5)
+    layer = sparse_layers(net)["2"]
+    (found,) = torch.autograd.grad(y.square().sum(), [layer.values])
+    (wanted,) = torch.autograd.grad(net(x).square().sum(), [layer.values])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("permutation", ["none", "random", "learned"])
-def test_dense_again_and_through_a_file(permutation: str, tmp_path: Any) -> None:
+def test_dense_again_and_through_a_file(permutation: str, tmp_path: Path) -> None:
     net, x = sparse_network("block:8", permutation), torch.randn(2, 3, 9, 9)
     plain = padst.to_dense(net)
-    assert type(plain[2]) is nn.Conv2d and plain[4].padding == "same"
+    assert isinstance(plain, nn.Sequential)
+    assert type(plain[2]) is nn.Conv2d and type(plain[4]) is nn.Conv2d
+    assert plain[4].padding == "same"
     torch.testing.assert_close(plain(x), net(x))
     padst.save(net, tmp_path / "net.safetensors")
     fresh = padst.to_dense(sparse_network("fan_in", "none"))
     padst.load(fresh, tmp_path / "net.safetensors")
-    assert isinstance(fresh[2], SparseConv2d) and fresh[2].structure == Block(8)
+    found = sparse_layers(fresh)["2"]
+    assert isinstance(found, SparseConv2d) and found.structure == Block(8)
     torch.testing.assert_close(fresh(x), net(x))
-    other = nn.Sequential(*plain[:4], nn.Conv2d(16, 8, (3, 1), padding="same"))
+    other = nn.Sequential(*list(plain)[:4], nn.Conv2d(16, 8, (3, 1), padding="same"))
     with pytest.raises(ValueError, match=r"Expected a conv2d of 8x48 with kernel \[1, 3\]"):
         padst.load(other, tmp_path / "net.safetensors")
 
