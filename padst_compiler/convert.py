@@ -38,7 +38,11 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         >>> to_description(model[0], ["0"])["structure"]
         'nm:2:4'
     """
-    soft, selection = layer.soft_permutation, layer.selection
+    soft = layer.soft_permutation
+    # What few layers have, and files of before do not name.
+    extra: dict[str, Any] = {"kernel": kernel} if (kernel := _kernel(layer)) else {}
+    if layer.selection is not None:
+        extra["selection"] = layer.selection.kept
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
     if soft is not None:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
@@ -52,7 +56,7 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         "permutation": state,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
-    } | ({} if selection is None else {"selection": selection.kept})
+    } | extra
 
 
 def from_description(
@@ -82,7 +86,7 @@ def from_description(
         0.75
     """
     names, kind, shape = list(fields["names"]), fields["kind"], Shape(*fields["shape"])
-    module = _module_at(site, names, kind, shape, int(fields["dims"]))
+    module = _module_at(site, names, kind, shape, (int(fields["dims"]), fields.get("kernel", [])))
     structure = parse_structure(fields["structure"])
     prefix = f"{names[0]}." if names[0] else ""
     indices, values = tensors[f"{prefix}indices"], tensors[f"{prefix}values"]
@@ -118,8 +122,14 @@ def _dims(module: nn.Module) -> int:
     return len(getattr(module, "stride", ()))  # spatial axes of a convolution
 
 
+def _kernel(module: nn.Module) -> list[int]:
+    """Return a convolution's kernel, where it is more than one point."""
+    kernel = list(getattr(module, "kernel_size", ()))
+    return [] if set(kernel) <= {1} else kernel
+
+
 def _module_at(
-    site: Site | None, names: list[str], kind: str, shape: Shape, dims: int
+    site: Site | None, names: list[str], kind: str, shape: Shape, space: tuple[int, list[int]]
 ) -> nn.Module:
     """Return the module of ``site`` if it is the one that a file describes."""
     if site is None or site.module is None or set(site.names) != set(names):
@@ -127,8 +137,9 @@ def _module_at(
         raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
     module, sparse = site.module, site.kind == "sparse"
     fits = isinstance(module, KINDS[kind]) if sparse else site.kind == kind
-    fits = fits and site.shape == shape and _dims(module) == dims
-    _require(fits, f"a {kind} of {shape}", f"{type(module).__name__} of {site.shape}", _REBUILD)
+    fits = fits and site.shape == shape and (_dims(module), _kernel(module)) == space
+    need = f"a {kind} of {shape}" + (f" with kernel {space[1]}" if space[1] else "")
+    _require(fits, need, f"{type(module).__name__} of {site.shape}", _REBUILD)
     obstacle = "" if sparse else site.obstacle
     _require(not obstacle, "a module that can become sparse", f"one where {obstacle}", _REBUILD)
     return module

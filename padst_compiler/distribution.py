@@ -26,9 +26,9 @@ def uniform(shapes: Sequence[Shape], sparsity: float) -> list[float]:
 def erk(shapes: Sequence[Shape], sparsity: float) -> list[float]:
     """Return Erdos-Renyi sparsities: a layer keeps weights in proportion to inputs plus outputs.
 
-    ``1 - s_l = eps (o + i) / (o i)`` with eps such that all layers together reach ``sparsity``.
-    Layers that would keep more than all of their weights become dense and eps is computed again
-    (RigL, arXiv 1911.11134; a linear layer has no kernel axes, so ERK is Erdos-Renyi here).
+    ``1 - s_l = eps (o + i) / (o i)`` with eps such that all layers together reach ``sparsity``; of
+    a convolution ``eps (o + i + kh + kw) / (o i kh kw)``. Layers that would keep more than all of
+    their weights become dense and eps is computed again (RigL, arXiv 1911.11134).
 
     Args:
         shapes: the layers' weights.
@@ -39,7 +39,7 @@ def erk(shapes: Sequence[Shape], sparsity: float) -> list[float]:
         [0.286, 0.554]
     """
     budget = (1.0 - sparsity) * sum(shape.numel for shape in shapes)
-    perimeter = [shape.out_features + shape.in_features for shape in shapes]
+    perimeter = [shape.perimeter for shape in shapes]
     dense: set[int] = set()
     while len(dense) < len(shapes):
         open_ = [n for n in range(len(shapes)) if n not in dense]

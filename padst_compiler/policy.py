@@ -83,7 +83,7 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
         {'2': 'output head: no layer reads its 10 features'}
     """
     named = {s.name: f"output head by name ({s.name})" for s in sites if _HEAD.search(s.name)}
-    linear = [s for s in sites if s.kind in ("linear", "conv1d", "conv1x1") and s.name]
+    linear = [s for s in sites if s.kind in ("linear", "conv1d", "conv1x1", "conv2d") and s.name]
     matrices = sum(p.dim() >= 2 for p in model.parameters())
     if linear and matrices > 1 and not any("pooler" not in name for name in named):
         widths: set[Any] = {s.shape.in_features for s in sites if s.shape is not None}
@@ -94,7 +94,7 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
             named[last.name] = f"output head: no layer reads its {outputs} features"
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next((m for m in model.modules() if isinstance(m, kinds)), None)
-    stems = [s for s in linear if s.module is first and s.kind == "conv1x1"]
+    stems = [s for s in linear if s.module is first and s.kind in ("conv1x1", "conv2d")]
     return named | {s.name: "first convolution: it reads the input" for s in stems}
 
 

@@ -31,6 +31,9 @@ def weights_behind(node: fx.Node) -> list[Any]:
         if packet in _JOINS:
             parts = [weights_behind(part) for part in node.all_input_nodes]
             return [use for part in parts for use in part] if all(parts) else []
+        if packet is _ATEN.scatter:  # a sparse weight, unpacked: from its stored numbers
+            node = node.args[3]  # type: ignore[assignment]
+            continue
         if node.target is not getitem and packet not in _COPIES and not _is_view(node.target):
             return []
         node = node.all_input_nodes[0]

@@ -124,12 +124,13 @@ class Recorder(nn.Module):
         """Whether the last pass held NaN or infinity."""
         return int(self.status) == POISONED
 
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor | None) -> Tensor:
         """Return ``y``, and record while its gradient is computed.
 
         Args:
             y: ``(..., o)``, the structured product.
-            x: ``(..., i)``, what the structured product read.
+            x: ``(..., i)``, what the structured product read; None where ``y`` is ``S^T`` itself,
+                of a layer that unpacks its weight.
         """
         if not torch.compiler.is_compiling() and not self.armed:
             return y

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.layers import SparseLayer
+from padst_compiler.obstacles import obstacle
 from padst_compiler.structures import Shape, Structure
-from padst_compiler.tensors import is_plain, storage_key
+from padst_compiler.tensors import storage_key
 from padst_compiler.tracer import Trace
 
 __all__ = ["Site", "discover"]
@@ -22,7 +23,8 @@ __all__ = ["Site", "discover"]
 class Site:
     """One linear weight: what it is, and what is decided for it.
 
-    ``kind`` is "linear", "conv1d" (Hugging Face's), "conv1x1", "mha" (a packed projection),
+    ``kind`` is "linear", "conv1d" (Hugging Face's), "conv1x1", "conv2d" (of k x k, seen as
+    ``(o, i * kh * kw)``), "mha" (a packed projection),
     "functional" (a raw parameter in a product) or "sparse" (a sparse layer already).
     """
 
@@ -119,7 +121,7 @@ def _sites_of(module: nn.Module, names: list[str]) -> Iterator[Site]:
         tuple(names),
         module,
         _join(names[0], "values" if kind == "sparse" else "weight"),
-        obstacle=_obstacle(module, kind),
+        obstacle=obstacle(module, kind),
         note=f"also named {', '.join(names[1:])}" if len(names) > 1 else "",
     )
 
@@ -135,53 +137,12 @@ def _kind_of(module: nn.Module) -> tuple[str, Shape] | None:
         inputs, outputs = weight.shape
         if getattr(module, "nf", None) == outputs and getattr(module, "nx", inputs) == inputs:
             return "conv1d", Shape(outputs, inputs)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}:
-        return "conv1x1", Shape(module.out_channels, module.in_channels // module.groups)
-    return None
-
-
-def _obstacle(module: nn.Module, kind: str) -> str:
-    """Return why a module of a known kind cannot be converted; empty where it can."""
-    if kind == "sparse":
-        return "sparse already"
-    if parametrize.is_parametrized(module):
-        return "its parameters are computed: parametrize.remove_parametrizations first"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return (
-            "its weight is computed before each call (weight_norm, prune); make it permanent first"
-        )
-    if not _calls_its_kind(module, kind):
-        return f"{type(module).__qualname__} computes forward in its own way"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if module.groups != 1:
-            return f"1x1 convolution in {module.groups} groups"
-        if module.padding_mode != "zeros" or any(
-            p not in (0, "same", "valid") for p in _pads(module)
-        ):
-            return f"1x1 convolution with padding {module.padding} ({module.padding_mode})"
-    if not is_plain(weight) or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
-    if weight.is_meta:
-        return "its weight is on the meta device: load or initialise it first"
-    return "" if weight.numel() else "it has no weights"
-
-
-def _pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int | str, ...]:
-    return (module.padding,) if isinstance(module.padding, str) else tuple(module.padding)
-
-
-def _calls_its_kind(module: nn.Module, kind: str) -> bool:
-    """Whether calling the module runs its kind's own forward, not a subclass's or a wrapper's."""
-    if kind == "conv1d":
-        return "forward" not in vars(module)
-    bases = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    base = next(base for base in bases if isinstance(module, base))
-    methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(base, name)]
-    return not any(
-        name in vars(module) or getattr(type(module), name) is not getattr(base, name)
-        for name in methods
-    )
+        point, kernel = set(module.kernel_size) == {1}, module.kernel_size
+        patch = module.in_channels // module.groups * math.prod(kernel)
+        if point or isinstance(module, nn.Conv2d):
+            return "conv1x1" if point else "conv2d", Shape(module.out_channels, patch, kernel)
+    return None
 
 
 def _find_ties(model: nn.Module, sites: list[Site]) -> None:

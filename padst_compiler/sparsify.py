@@ -42,7 +42,7 @@ def sparsify(
     stay as they were. Schedulers count parameter groups: build them afterwards.
 
     Args:
-        model: any module with ``nn.Linear``, transformers' ``Conv1D`` or 1x1 convolutions.
+        model: any module with ``nn.Linear``, transformers' ``Conv1D`` or ungrouped convolutions.
         config: a config for all layers, or a mapping from names or "re:..." to configs or None.
         structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", "dynadiag", ...
         sparsity: instead of ``config``: the fraction of zeros.
@@ -107,7 +107,7 @@ def _refuse(model: nn.Module, chosen: Plan, by_default: bool) -> None:
     if not chosen.sites:
         raise ValueError(
             f"Expected a model with linear layers. Got {type(model).__name__} without any. Use "
-            "nn.Linear, transformers' Conv1D or 1x1 convolutions."
+            "nn.Linear, transformers' Conv1D or convolutions."
         )
     asked = [s for s in chosen.sites if s.requested]
     if not chosen.sparse and (any(s.refused for s in asked) or (by_default and not asked)):

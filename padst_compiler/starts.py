@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from padst_compiler.convolution import SparseConv2d
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
 from padst_compiler.magnitude import find_permutation, select, undo
@@ -23,6 +24,7 @@ KINDS: dict[str, type[SparseLayer]] = {
     "linear": SparseLinear,
     "conv1d": SparseConv1D,
     "conv1x1": SparsePointwiseConv,
+    "conv2d": SparseConv2d,
 }
 """The sparse layer of each kind of site."""
 

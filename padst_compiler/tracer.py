@@ -162,8 +162,8 @@ class _Recorder(TorchDispatchMode):
             first, second = (args[at] for at in _PRODUCTS[packet])
             flops = _flops(packet, args, first, second, result)
             wide = packet is _ATEN.convolution and (
-                args[6] or any(s != 1 for s in second.shape[2:])
-            )
+                args[6] or (second.dim() != 4 and any(s != 1 for s in second.shape[2:]))
+            )  # no site: transposed, or k > 1 in one dimension or three
             self._product(node, "" if wide else packet.__name__, (first, second), flops)
         return result
 

@@ -4,9 +4,10 @@
     backward   padst::observe(..., armed, dL/dy, x, ...) # if armed: scores of (dL/dy)^T x
 
 ``observe`` forms the dense gradient in slabs of at most ``SLAB`` numbers and keeps a few numbers
-per kept unit, as ``recorder.Recorder`` explains. Both operators are always in the graph and
-``armed`` is a tensor, so a compiled training step is not compiled again when recording starts or
-stops.
+per kept unit, as ``recorder.Recorder`` explains. Of a layer that unpacks its weight, ``y`` is
+``S^T`` and there is no x: ``dL/dy`` is the dense gradient, transposed. Both operators are always in
+the graph and ``armed`` is a tensor, so a compiled training step is not compiled again when
+recording starts or stops.
 """
 
 from __future__ import annotations
@@ -30,23 +31,26 @@ FINITE, POISONED = 1, 2
 """``status`` after a pass whose scores are all finite, and after another one; 0 before any."""
 
 
-def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _slabs(
+    structure: Structure, grad: Tensor, x: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
     """Yield the table of unit scores in pieces: first group, first candidate, ``(g', c')``.
 
     Args:
         structure: of the layer, with its sizes.
         grad: ``(t, o)``.
-        x: ``(t, i)``.
+        x: ``(t, i)``; None where ``grad`` is the dense gradient itself, ``(i, o)``.
     """
-    shape = Shape(grad.shape[1], x.shape[1])
+    shape = _shape(grad, x)
     groups, candidates = structure.table(shape)
-    if isinstance(structure, Diagonal):
+    if isinstance(structure, Diagonal) and x is not None:
         yield 0, 0, _diagonal_scores(structure, grad, x)
         return
-    rows = structure.rows_per_slab(shape)
+    rows = structure.rows_per_slab(shape) or shape.out_features
     rows *= max(1, SLAB // (rows * shape.in_features))
     for start in range(0, shape.out_features, rows):
-        scores = structure.unit_scores(grad[:, start : start + rows].t() @ x)
+        part = grad[:, start : start + rows].t()
+        scores = structure.unit_scores(part if x is None else part @ x)
         first = start * groups * candidates // shape.out_features
         yield first // candidates, first % candidates, scores
 
@@ -68,6 +72,11 @@ def _diagonal_scores(structure: Diagonal, grad: Tensor, x: Tensor) -> Tensor:
     return structure.over_units(squares, Shape(grad.shape[1], x.shape[1])).sqrt()
 
 
+def _shape(grad: Tensor, x: Tensor | None) -> Shape:
+    """Return the shape of the weight."""
+    return Shape(grad.shape[1], grad.shape[0] if x is None else x.shape[1])
+
+
 def wipe(candidates: Tensor, gains: Tensor, active: Tensor, top: Tensor) -> None:
     """Empty what a recorder holds, in place."""
     gains.fill_(-torch.inf)
@@ -84,14 +93,15 @@ def _observe(
     status: Tensor,
     armed: Tensor,
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     indices: Tensor,
     structure: str,
 ) -> None:
     if not armed:
         return
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    shape = Shape(grad.shape[1], x.shape[1])
+    grad = grad.reshape(-1, grad.shape[-1])
+    x = None if x is None else x.reshape(-1, x.shape[-1])
+    shape = _shape(grad, x)
     kind = parse_structure(structure)
     slots = kind.slots(indices, shape).long()
     listed, known, lists = candidates.long(), gains.float(), gains.shape[1]  # may be bfloat16
@@ -100,7 +110,7 @@ def _observe(
         active.to(torch.float32, copy=True),
         torch.full_like(top, -torch.inf, dtype=torch.float32),
     )
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    finite = torch.ones((), dtype=torch.bool, device=grad.device)
     for group, first, scores in _slabs(kind, grad, x):
         rows, width = slice(group, group + scores.shape[0]), scores.shape[1]
         finite &= scores.isfinite().all()
@@ -139,7 +149,7 @@ def _within(units: Tensor, first: int, width: int) -> Tensor:
 
 def _watch(
     y: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     armed: Tensor,
     candidates: Tensor,
     gains: Tensor,

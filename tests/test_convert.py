@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,17 @@ from padst_compiler.sites import discover
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 IN, OUT = 16, 24
-STRUCTURES: list[Structure] = [Block(4), NM(4), Diagonal(), FanIn(), Unstructured()]
+STRUCTURES: list[Structure] = [
+    Block(4),
+    Block(4, 2),
+    Block(4, balanced=False),
+    NM(4),
+    Diagonal(),
+    Diagonal(band=2),
+    Diagonal(modulus=4),
+    FanIn(),
+    Unstructured(),
+]
 Structures = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 States = pytest.mark.parametrize("state", ["none", "fixed", "soft"])
 Sides = pytest.mark.parametrize("side", ["input", "output"])
@@ -134,3 +145,23 @@ def test_a_layer_in_training_takes_no_other_structure() -> None:
     layer.recorder = Recorder(layer)
     said = refused(layer)
     assert "NM(m=4, n=None) with (24, 4, 2) units" in said and "training.detach()" in said
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([0, 1, 4, 6], "Expected unique indices below 12"),  # no whole band
+        ([0, 4, 1, 5], "Expected unique indices below 12"),  # bands that lie across one another
+        ([4, 5, 4, 5], "Expected unique indices below 12"),
+        ([24, 25, 0, 1], "Expected unique indices below 12"),
+        ([0, 1, 2], "Expected int32 indices of Diagonal(band=2)"),
+    ],
+    ids=str,
+)
+def test_offsets_must_be_whole_bands(offsets: list[int], said: str) -> None:
+    layer = adopt(nn.Linear(IN, OUT), Diagonal(band=2))
+    tensors = {"0.indices": torch.tensor([offsets], dtype=torch.int32)}
+    tensors["0.values"] = torch.zeros(1, len(offsets), IN)
+    (site,) = discover(nn.Sequential(nn.Linear(IN, OUT)))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        from_description(site, to_description(layer, ["0"]), tensors)

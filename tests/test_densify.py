@@ -15,7 +15,17 @@ from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 IN, OUT = 16, 24
-STRUCTURES: list[Structure] = [Block(4), NM(4), Diagonal(), FanIn(), Unstructured()]
+STRUCTURES: list[Structure] = [
+    Block(4),
+    Block(4, 2),
+    Block(4, balanced=False),
+    NM(4),
+    Diagonal(),
+    Diagonal(band=2),
+    Diagonal(modulus=4),
+    FanIn(),
+    Unstructured(),
+]
 Structures = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 States = pytest.mark.parametrize("state", ["none", "fixed", "soft"])
 Sides = pytest.mark.parametrize("side", ["input", "output"])

@@ -52,6 +52,14 @@ def test_layers_above_one_become_dense_in_turn() -> None:
     assert sparsities[:2] == [0.0, 0.0] and sparsities[2] > 0.8
 
 
+def test_convolutions_count_the_axes_of_their_kernel() -> None:
+    shapes = [Shape(64, 32 * 9, (3, 3)), Shape(64, 64, (1, 1)), Shape(64, 640)]
+    densities = [1.0 - s for s in erk(shapes, 0.9)]
+    dims = [64 + 32 + 3 + 3, 64 + 64 + 1 + 1, 64 + 640]
+    ratios = [d * s.numel / n for d, s, n in zip(densities, shapes, dims, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 3)  # density = eps * sum(dims) / prod(dims)
+
+
 def test_nothing_asked_is_dense() -> None:
     assert erk([Shape(4, 4), Shape(64, 2)], 0.0) == [0.0, 0.0]
     assert uniform([Shape(4, 4)], 0.0) == [0.0]

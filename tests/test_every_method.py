@@ -37,6 +37,10 @@ CASES: dict[str, tuple[Method, str]] = {
     "gmp_fan_in": (GMP(start=0.1), "fan_in"),
     "dynadiag": (DynaDiag(), "dynadiag"),
     "static": (Static(), "block:4"),
+    "rigl_bands": (RigL(), "diagonal:band=2"),
+    "gmp_classes": (GMP(), "diagonal:modulus=8"),
+    "set_free": (SET(), "block:4:2:balanced=false"),
+    "gmp_free": (GMP(), "block:2:4:balanced=false"),
 }
 Built = tuple[nn.Module, torch.optim.Optimizer, DynamicSparsity]
 

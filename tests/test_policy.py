@@ -58,7 +58,7 @@ def test_the_last_layer_is_the_head_where_nobody_reads_its_width() -> None:
     assert sites["b"].reason == "output head: no layer reads its 10 features"
     assert requested(mlp(a=(64, 256), b=(256, 64))) == ["a", "b"]
     read = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 3))
-    assert requested(read) == ["1"]
+    assert requested(read) == ["1", "2"]  # the first convolution reads the input
     assert requested(mlp(head=(64, 10), a=(64, 32))) == ["a"]  # the head has been found by name
 
 
@@ -74,6 +74,7 @@ def test_a_first_convolution_stays_dense() -> None:
     assert requested(stem) == ["1"]
     assert chosen(stem)["0"].reason == "first convolution: it reads the input"
     assert requested(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))) == ["1"]
+    assert requested(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))) == ["1"]
     assert requested(nn.Conv2d(8, 16, 1)) == [""]
 
 

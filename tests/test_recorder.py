@@ -11,8 +11,12 @@ from padst_compiler import watch as watch_module
 from padst_compiler.layers import SparseLayer, SparseLinear
 from padst_compiler.recorder import Recorder
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
-from padst_compiler.structures import NM, STRUCTURES, FanIn, Shape, Structure
+from padst_compiler.structure_text import describe
+from padst_compiler.structures import NM, STRUCTURES, Block, Diagonal, FanIn, Shape, Structure
 
+FORMS = [kind() for kind in STRUCTURES]
+FORMS += [Block(16, 8), Block(8, balanced=False), Diagonal(band=8), Diagonal(modulus=16)]
+Forms = pytest.mark.parametrize("structure", FORMS, ids=str)
 SHAPES = [(64, 96), (96, 64), (64, 64), (32, 32)]  # a block is 32 by default, a group of N:M 16
 
 
@@ -48,12 +52,12 @@ def check_recorded(recorder: Recorder, active: Tensor, others: Tensor) -> None:
 
 @pytest.mark.parametrize("slab", [2**20, 500])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda kind: kind.name)
+@Forms
 def test_it_records_the_best_of_the_dense_gradient(
-    kind: type[Structure], shape: tuple[int, int], slab: int, monkeypatch: pytest.MonkeyPatch
+    structure: Structure, shape: tuple[int, int], slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch_module, "SLAB", slab)
-    layer, recorder = make(kind(), *shape)
+    layer, recorder = make(structure, *shape)
     x = torch.randn(3, 5, shape[1], dtype=torch.float64)
     grad = torch.randn(3, 5, shape[0], dtype=torch.float64)
     recorder.arm()
@@ -61,9 +65,9 @@ def test_it_records_the_best_of_the_dense_gradient(
     check_recorded(recorder, *at_slots(layer, dense_scores(layer, x, grad)))
 
 
-@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda kind: kind.name)
-def test_it_changes_neither_outputs_nor_gradients(kind: type[Structure]) -> None:
-    layer, recorder = make(kind(), 64, 96)
+@Forms
+def test_it_changes_neither_outputs_nor_gradients(structure: Structure) -> None:
+    layer, recorder = make(structure, 64, 96)
     x = torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
     results = []
     for armed in (False, True):
@@ -74,11 +78,11 @@ def test_it_changes_neither_outputs_nor_gradients(kind: type[Structure]) -> None
         assert torch.equal(plain, watched)
 
 
-@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda kind: kind.name)
+@Forms
 def test_the_dense_gradient_exists_in_slabs_only(
-    kind: type[Structure], monkeypatch: pytest.MonkeyPatch
+    structure: Structure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, recorder = make(kind(), 1024, 512, sparsity=0.95)
+    layer, recorder = make(structure, 1024, 512, sparsity=0.95)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -94,7 +98,7 @@ def test_the_dense_gradient_exists_in_slabs_only(
     grad, x = torch.randn(4, 1024).double(), torch.randn(4, 512).double()
     seen = tuple(recorder.buffers())
     with Watch():  # type: ignore[no-untyped-call]
-        torch.ops.padst.observe(*seen, recorder.armed, grad, x, layer.indices, kind.name)
+        torch.ops.padst.observe(*seen, recorder.armed, grad, x, layer.indices, describe(structure))
     # A slab, a column to spare, the kept units merged with it; of 2**19 weights.
     assert largest <= 2**15 + recorder.gains.numel() + layer.shape.out_features
 

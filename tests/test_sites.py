@@ -46,13 +46,15 @@ KINDS: list[tuple[Callable[[], nn.Module], str, Shape]] = [
     (lambda: nn.Conv2d(8, 4, 1, stride=2, dilation=3), "conv1x1", Shape(4, 8)),
     (lambda: nn.Conv2d(8, 4, 1, padding="same"), "conv1x1", Shape(4, 8)),
     (lambda: nn.Conv3d(8, 4, 1), "conv1x1", Shape(4, 8)),
+    (lambda: nn.Conv2d(8, 4, 3, stride=2, padding=1), "conv2d", Shape(4, 72)),
+    (lambda: nn.Conv2d(8, 4, (1, 5), padding_mode="reflect"), "conv2d", Shape(4, 40)),
 ]
 
 
 @pytest.mark.parametrize(("build", "kind", "shape"), KINDS)
 def test_each_kind_is_recognised(build: Callable[[], nn.Module], kind: str, shape: Shape) -> None:
     site = only(build())
-    assert (site.kind, site.shape, site.obstacle, site.weights) == (kind, shape, "", 32)
+    assert (site.kind, site.shape, site.obstacle, site.weights) == (kind, shape, "", shape.numel)
     assert site.name == "0" and site.parameter == "0.weight" and site.names == ("0",)
 
 
@@ -91,6 +93,7 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: subclassed(nn.Linear(8, 4)), "a Fancy of"),
     "meta": (lambda: nn.Linear(8, 4, device="meta"), "meta device"),
     "empty": (lambda: nn.Linear(0, 4), "no weights"),
+    "k x k groups": (lambda: nn.Conv2d(8, 4, 3, groups=2), "k x k convolution in 2 groups"),
     "groups": (lambda: nn.Conv2d(8, 4, 1, groups=2), "in 2 groups"),
     "padding": (lambda: nn.Conv2d(8, 4, 1, padding=1), "with padding (1, 1)"),
     "reflected": (lambda: nn.Conv2d(8, 4, 1, padding_mode="reflect"), "(reflect)"),
@@ -106,7 +109,7 @@ def test_what_cannot_be_converted_says_why(name: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv2d(8, 4, 3), nn.ConvTranspose2d(8, 4, 1), nn.Embedding(8, 4), nn.LayerNorm(8)],
+    [nn.Conv1d(8, 4, 3), nn.ConvTranspose2d(8, 4, 3), nn.Embedding(8, 4), nn.LayerNorm(8)],
 )
 def test_other_modules_are_no_sites(module: nn.Module) -> None:
     assert discover(nn.Sequential(module)) == []

@@ -89,11 +89,13 @@ def test_gpt2_has_all_its_weights() -> None:
 def test_vit_has_all_its_weights_and_counts_the_patches() -> None:
     model = tiny_vit()
     found = trace(model, torch.randn(2, 3, 16, 16))
-    assert set(found.uses) == matrices(model)
-    assert found.uses["classifier.weight"].tokens == 2
-    assert all(use.tokens == 10 for name, use in found.uses.items() if name != "classifier.weight")
-    inside = sum(use.flops for use in found.uses.values())
-    assert found.linear_flops == inside + 2 * (2 * 4) * 16 * 3 * 8 * 8  # the patch convolution
+    patches = "vit.embeddings.patch_embeddings.projection.weight"
+    assert set(found.uses) == {*matrices(model), patches}
+    tokens = {name: use.tokens for name, use in found.uses.items()}
+    assert (tokens.pop("classifier.weight"), tokens.pop(patches)) == (2, 8)
+    assert set(tokens.values()) == {10}
+    assert found.uses[patches].flops == 2 * (2 * 4) * 16 * 3 * 8 * 8
+    assert found.linear_flops == sum(use.flops for use in found.uses.values())
 
 
 @pytest.mark.parametrize("masked", [False, True])

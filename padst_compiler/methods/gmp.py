@@ -103,11 +103,11 @@ def keep(layer: SparseLayer, memory: Memory, places: Tensor) -> None:
         places: ``(g, k')``, the slots that stay, int64.
     """
     structure, shape = layer.structure, layer.shape
-    groups, width = places.shape
+    groups = places.shape[0]
     units = structure.slots(layer.indices, shape).gather(1, places)
     kept, size = layer.kept, layer.values.numel() // (groups * layer.kept)
     rows = torch.arange(groups, device=places.device)[:, None] * kept + places
     source = rows[..., None] * size + torch.arange(size, device=places.device)
-    layout = structure.index_shape(shape, width)
-    memory.shrink(layer.values, source, (*layout, *structure.unit(shape)))
-    layer.indices = units.view(layout).contiguous()
+    indices = structure.indices_of(units, shape)
+    memory.shrink(layer.values, source, (*indices.shape, *structure.unit(shape)))
+    layer.indices = indices.contiguous()
