@@ -5,11 +5,13 @@ With frozen weights the materialised weight is made once, so this is exactly the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
-from padst_compiler.structures import Shape, Structure
+from padst_compiler.structures import Shape, Structure, unit_of
 
 __all__ = ["dense"]
 
@@ -21,17 +23,21 @@ def dense(kind: type[Structure]) -> tuple[Formulation, Formulation, Formulation]
         x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
     ) -> Tensor:
         shape = Shape(out_features, x.shape[-1])
-        weight = kind.of_storage(indices, shape).unpack(values, indices, shape)
+        weight = kind.of_storage(indices, shape, unit_of(values, indices)).unpack(
+            values, indices, shape
+        )
         return F.linear(x, weight, bias)
 
     def dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
         shape = Shape(grad.shape[-1], in_features)
-        return grad @ kind.of_storage(indices, shape).unpack(values, indices, shape)
+        return grad @ kind.of_storage(indices, shape, unit_of(values, indices)).unpack(
+            values, indices, shape
+        )
 
-    def dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
         shape = Shape(grad.shape[-1], x.shape[-1])
         full = grad.reshape(-1, shape.out_features).t() @ x.reshape(-1, shape.in_features)
-        return kind.of_storage(indices, shape).pack(full, indices).contiguous()
+        return kind.of_storage(indices, shape, unit).pack(full, indices).contiguous()
 
     return (
         Formulation("dense", linear, _with_weight),

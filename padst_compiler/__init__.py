@@ -9,38 +9,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from padst_compiler import theory
+from padst_compiler.averaging import EMA
 from padst_compiler.checkpoint import load, save
 from padst_compiler.config import SparseConfig
-from padst_compiler.convert import to_dense
+from padst_compiler.densify import to_dense
+from padst_compiler.exploration import Exploration
 from padst_compiler.layers import SparseLayer, sparse_layers
 from padst_compiler.plan import plan
+from padst_compiler.reporting import report
 from padst_compiler.sparsify import sparsify
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Unstructured
+from padst_compiler.tensorboard import TensorBoard
 from padst_compiler.training import DynamicSparsity, harden
 
 if TYPE_CHECKING:
     from padst_compiler.backend import export_onnx
     from padst_compiler.explanation import explain
 
-__all__ = [
-    "NM",
-    "Block",
-    "Diagonal",
-    "DynamicSparsity",
-    "FanIn",
-    "SparseConfig",
-    "SparseLayer",
-    "Unstructured",
-    "explain",
-    "export_onnx",
-    "harden",
-    "load",
-    "plan",
-    "save",
-    "sparse_layers",
-    "sparsify",
-    "to_dense",
-]
+__all__ = ["NM", "Block", "Diagonal", "FanIn", "SparseConfig", "SparseLayer", "Unstructured"]
+__all__ += ["load", "plan", "save", "sparse_layers", "sparsify", "to_dense"]
+__all__ += ["EMA", "DynamicSparsity", "Exploration", "harden"]
+__all__ += ["TensorBoard", "explain", "export_onnx", "report", "theory"]
 
 __version__ = "0.1.0"
 

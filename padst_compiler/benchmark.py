@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from padst_compiler.convert import to_dense
+from padst_compiler.densify import to_dense
 from padst_compiler.explanation import explain
 from padst_compiler.inputs import bind
 from padst_compiler.layers import sparse_layers

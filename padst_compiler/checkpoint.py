@@ -7,7 +7,6 @@ The file holds every tensor of ``model.state_dict()`` and, as JSON under one met
     layers    [{names, kind, dims, structure, shape, side, dtype, config,
                 permutation: {kind: none | fixed | soft, form, settings}}]
 
-Version 1 knew full Sinkhorn logits alone, and had ``temperature, iterations`` in that header.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import Permutation
 from padst_compiler.sites import Site, discover
 from padst_compiler.tensors import is_plain, storage_key
+from padst_compiler.upgrade import from_version_1
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
@@ -113,7 +113,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         try:
             tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
             if header["version"] == 1:
-                _upgrade(header, tensors)
+                from_version_1(header, tensors)
             _convert(sites, header, tensors)
             _check(model, tensors)
         except ValueError as error:
@@ -182,17 +182,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"Expected {need}. Got {path}: {error}. {_DAMAGED}") from error
 
 
-def _upgrade(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the soft permutations of version 1 as those of version 2."""
-    for fields in header["layers"]:
-        held = fields["permutation"]
-        if held["kind"] == "soft":
-            prefix = f"{fields['names'][0]}.permutation.".lstrip(".")
-            temperature, logits = torch.tensor(held["temperature"]), tensors[f"{prefix}logits"]
-            tensors[f"{prefix}temperature"] = temperature.to(logits.dtype)
-            held |= {"form": "sinkhorn", "settings": {"iterations": held["iterations"]}}
-
-
 def _convert(
     sites: Mapping[str, Site], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
@@ -207,8 +196,8 @@ def _convert(
         except ValueError as error:
             raise ValueError(f"{error} (Layer {name!r}.)") from error
         except _ODD as error:
-            need = f"a whole description of layer {name!r}"
-            raise ValueError(f"Expected {need}. Got {error!r}. {_DAMAGED}") from error
+            need = f"Expected a whole description of layer {name!r}. Got {error!r}."
+            raise ValueError(f"{need} {_DAMAGED}") from error
         if (held := layer.permutation) is not None:  # several layers may have one together
             key = f"{name}.permutation.{next(iter(held.state_dict()))}".lstrip(".")
             layer.permutation = shared.setdefault(header["aliases"].get(key, key), held)

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 from padst_compiler.distribution import DISTRIBUTIONS
 from padst_compiler.relaxations.spelling import parse as parse_permutation
-from padst_compiler.structures import STRUCTURES, Diagonal, Structure
+from padst_compiler.structure_text import describe, parse_structure
+from padst_compiler.structures import Diagonal, Structure
 from padst_compiler.text import suggest
 
 __all__ = ["ConfigMap", "SparseConfig", "describe", "parse_structure"]
@@ -20,8 +21,6 @@ _CHOICES = {
     "side": ("auto", "input", "output"),
     "distribution": tuple(DISTRIBUTIONS),
 }
-# Numbers after a colon name a structure's fields in order, except where people write another one.
-_SPELLING: dict[str, tuple[tuple[str, ...], ...]] = {"nm": (("m",), ("n", "m"))}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class SparseConfig:
                 "Expected init 'magnitude' with permutation 'magnitude'. "
                 f"Got init {self.init!r}. Set init='magnitude', on a trained model."
             )
-        if self.soft and (not isinstance(self.family, Diagonal) or start is not None):
+        if self.soft and (self.family != Diagonal() or start is not None):
             raise ValueError(
                 f"Expected structure 'diagonal' without start_sparsity for soft=True. "
                 f"Got {self.structure} and {start}. Use structure='dynadiag'."
@@ -171,65 +170,3 @@ class SparseConfig:
 # Keys are qualified names of sites, names of modules around them, or "re:<regex>" for a full match;
 # None leaves dense (``policy.find_config`` has the precedence).
 ConfigMap: TypeAlias = SparseConfig | Mapping[str, SparseConfig | None]
-
-
-def parse_structure(spec: Structure | str) -> Structure:
-    """Return the structure that ``spec`` names.
-
-    Args:
-        spec: a structure, or a name with sizes behind colons: ``block``, ``block:16``, ``nm``,
-            ``nm:16`` (groups of 16), ``nm:2:4`` (2 of every 4), ``diagonal``, ``fan_in``,
-            ``fan_in:8``, ``unstructured``.
-
-    Raises:
-        TypeError: ``spec`` is neither text nor a structure.
-        ValueError: the name is unknown, or the sizes are not its sizes.
-
-    Example:
-        >>> parse_structure("block:16")
-        Block(size=16)
-    """
-    if isinstance(spec, Structure):
-        return spec
-    kinds = {kind.name: kind for kind in STRUCTURES}
-    if not isinstance(spec, str):
-        raise TypeError(
-            f"Expected a structure or its name. Got {spec!r}. Use one of {', '.join(kinds)}."
-        )
-    name, *texts = spec.split(":")
-    if name not in kinds:
-        raise ValueError(
-            f"Expected structure {', '.join(kinds)}. Got {spec!r}. {suggest(name, kinds)}"
-        )
-    sizes = [int(text) if text.isascii() and text.isdigit() else 0 for text in texts]
-    forms = [form for form in _forms(kinds[name]) if len(form) == len(sizes)]
-    if min(sizes, default=1) < 1 or not forms:
-        known = ", ".join(":".join((name, *form)) for form in _forms(kinds[name]))
-        raise ValueError(
-            f"Expected structure {known} with sizes of at least 1. Got {spec!r}. "
-            "Write the sizes as whole numbers."
-        )
-    return kinds[name](**dict(zip(forms[0], sizes, strict=True)))
-
-
-def describe(structure: Structure) -> str:
-    """Return the text that ``parse_structure`` reads back as ``structure``, every size written out.
-
-    Args:
-        structure: any structure.
-
-    Example:
-        >>> describe(parse_structure("nm:2:4")), describe(parse_structure("block"))
-        ('nm:2:4', 'block:32')
-    """
-    for form in reversed(_forms(type(structure))):
-        sizes = [getattr(structure, field) for field in form]
-        if None not in sizes:
-            return ":".join([structure.name, *map(str, sizes)])
-    raise AssertionError("The form without sizes always fits.")
-
-
-def _forms(kind: type[Structure]) -> list[tuple[str, ...]]:
-    fields = tuple(field.name for field in dataclasses.fields(kind))
-    plain = tuple(fields[:count] for count in range(1, len(fields) + 1))
-    return [(), *_SPELLING.get(kind.name, plain)]

@@ -1,8 +1,7 @@
-"""A sparse layer in other forms: dense again, and the description of it that a file holds."""
+"""A sparse layer and the description of it that a file holds."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,46 +10,19 @@ from torch import Tensor, nn
 
 from padst_compiler.config import SparseConfig, describe, parse_structure
 from padst_compiler.index_map import IndexMap
-from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
+from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
 from padst_compiler.relaxations.spelling import read_back
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
+from padst_compiler.starts import KINDS
 from padst_compiler.storage import width_of
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["from_description", "to_dense", "to_description"]
+__all__ = ["from_description", "to_description"]
 
-_OWN = ("structure", "shape", "side", "dense_type", "config")
-_KINDS: dict[str, type[SparseLayer]] = {  # by the words of ``Site.kind``
-    "linear": SparseLinear,
-    "conv1d": SparseConv1D,
-    "conv1x1": SparsePointwiseConv,
-}
 _REBUILD = "Build the same architecture."
 _DAMAGED = "The file is damaged: take another copy."
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """Return a plain copy of ``model``: every sparse layer is the dense module that it was.
-
-    The weight is the effective one, zeros included, so the outputs are the same up to rounding. A
-    soft permutation is multiplied in, which leaves no zeros; call ``harden`` first to keep them.
-
-    Args:
-        model: stays as it is; may itself be a sparse layer.
-
-    Example:
-        >>> import padst_compiler as padst
-        >>> model = padst.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
-        >>> to_dense(model)[0]
-        Linear(in_features=64, out_features=64, bias=True)
-    """
-    plain = copy.deepcopy(model)
-    for module in list(plain.modules()):
-        if isinstance(module, SparseLayer):
-            _restore(module)
-    return plain
 
 
 def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
@@ -66,22 +38,21 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         >>> to_description(model[0], ["0"])["structure"]
         'nm:2:4'
     """
-    soft = layer.soft_permutation
+    soft, selection = layer.soft_permutation, layer.selection
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
     if soft is not None:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
     return {
         "names": list(names),
-        "kind": next(word for word, kind in _KINDS.items() if isinstance(layer, kind)),
+        "kind": next(word for word, kind in KINDS.items() if isinstance(layer, kind)),
         "dims": _dims(layer),
         "structure": describe(layer.structure),
         "shape": [layer.shape.out_features, layer.shape.in_features],
         "side": layer.side,
         "permutation": state,
-        "selection": None if layer.selection is None else layer.selection.kept,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "config": layer.config.to_dict() if isinstance(layer.config, SparseConfig) else None,
-    }
+    } | ({} if selection is None else {"selection": selection.kept})
 
 
 def from_description(
@@ -120,10 +91,9 @@ def from_description(
     side = fields["side"]
     _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
     if not isinstance(module, SparseLayer):
-        _KINDS[kind].adopt(module, structure, indices, None, side, values)
+        KINDS[kind].adopt(module, structure, indices, None, side, values)
         assert isinstance(module, SparseLayer)
-    resized = module.indices.shape != indices.shape
-    resized |= module.size()[1] != (None if rows is None else rows.numel())
+    resized = module.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
     if module.recorder is not None and (resized or module.structure != structure):
         ours = f"{module.structure} with {tuple(module.indices.shape)} units"
         raise ValueError(
@@ -144,20 +114,6 @@ def from_description(
     return module
 
 
-def _restore(layer: SparseLayer) -> None:
-    with torch.no_grad():
-        weight = layer.weight.to(layer.values.dtype).contiguous()
-    trainable, bias = layer.values.requires_grad, layer._parameters.pop("bias", None)
-    for name in ("values", "indices", "rows", "selection", "permutation", "recorder"):
-        delattr(layer, name)
-    dense_type = layer.dense_type
-    for name in _OWN:
-        layer.__dict__.pop(name, None)
-    layer.__class__ = dense_type  # type: ignore[assignment]
-    layer.register_parameter("weight", nn.Parameter(weight, trainable))
-    layer._parameters["bias"] = bias  # after the weight, as in a dense layer
-
-
 def _dims(module: nn.Module) -> int:
     return len(getattr(module, "stride", ()))  # spatial axes of a convolution
 
@@ -170,7 +126,7 @@ def _module_at(
         found = "none" if site is None else f"one under the names {list(site.names)}"
         raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
     module, sparse = site.module, site.kind == "sparse"
-    fits = isinstance(module, _KINDS[kind]) if sparse else site.kind == kind
+    fits = isinstance(module, KINDS[kind]) if sparse else site.kind == kind
     fits = fits and site.shape == shape and _dims(module) == dims
     _require(fits, f"a {kind} of {shape}", f"{type(module).__name__} of {site.shape}", _REBUILD)
     obstacle = "" if sparse else site.obstacle
@@ -182,12 +138,12 @@ def _check_topology(
     structure: Structure, shape: Shape, indices: Tensor, values: Tensor, rows: Tensor | None
 ) -> None:
     groups, candidates = structure.table(shape)
-    kept = indices.numel() // max(1, groups)
+    kept = indices.numel() // max(1, groups * structure.indices_per_unit(shape))
     layout = structure.index_shape(shape, kept)
     whole = structure.refusal(shape) is None and 1 <= kept <= candidates
     whole = whole and tuple(indices.shape) == layout and indices.dtype is torch.int32
-    need = f"int32 indices of {structure} on {shape}"
-    _require(whole, need, f"{indices.dtype} {tuple(indices.shape)}", _DAMAGED)
+    got = f"{indices.dtype} {tuple(indices.shape)}"
+    _require(whole, f"int32 indices of {structure} on {shape}", got, _DAMAGED)
     size = (*layout, *structure.unit(shape))
     _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
     if rows is not None:
@@ -198,23 +154,23 @@ def _check_topology(
         shape = Shape(rows.numel(), shape.in_features)
         used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
         indices = indices.reshape(-1)[:used]
-    slots = structure.slots(indices, shape).sort(dim=1).values
-    unique = bool((slots.diff(dim=1) > 0).all())
+    slots = structure.slots(indices, shape)
+    unique = bool((structure.indices_of(slots, shape).view(-1) == indices.view(-1)).all())
+    slots = slots.sort(dim=1).values
+    unique = unique and bool((slots.diff(dim=1) > 0).all())
     inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
     _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
 
 
 def _selection(layer: SparseLayer, kept: int | None) -> SoftSelection | None:
     """Return a soft selection of ``kept`` units; the present one where it is of the same kind."""
-    present = layer.selection
+    present, units = layer.selection, layer.structure.table(layer.shape)[1]
     if kept is None or (present is not None and present.kept == kept):
         return None if kept is None else present
-    units = layer.structure.table(layer.shape)[1]
     fits = layer.structure.name == "diagonal" and layer.kept == units and 0 < kept <= units
     _require(fits, f"all {units} diagonals for a soft selection", layer.kept, _DAMAGED)
     soft = SoftSelection(units, kept, layer.values.device)
-    soft.alpha.requires_grad_(layer.values.requires_grad)
-    return soft
+    return soft.requires_grad_(layer.values.requires_grad)
 
 
 def _permutation(
@@ -243,11 +199,16 @@ def _soft(
 ) -> SoftPermutation:
     """Return a soft permutation of the file's form; the present one where it is such a one."""
     present, settings = layer.soft_permutation, dict(fields["settings"])
-    alike = present is not None and (present.name, present.size) == (fields["form"], size)
-    if present is not None and alike and present.settings() == settings:
+    soft = read_back(fields["form"], size, settings)
+    sizes = {name: tensor.shape for name, tensor in soft.state_dict().items()}
+    if (
+        present is not None
+        and present.name == soft.name
+        and sizes == {name: tensor.shape for name, tensor in present.state_dict().items()}
+    ):
+        vars(present).update(settings)
         soft = present
     else:
-        soft = read_back(fields["form"], size, settings)
         names = [n for n, _ in soft.named_parameters()]
         soft = soft.to(layer.values.device, tensors[f"{prefix}{names[0]}"].dtype)
         soft.requires_grad_(layer.values.requires_grad)  # a frozen layer stays frozen

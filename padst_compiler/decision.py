@@ -96,7 +96,8 @@ def _permute(config: SparseConfig, structure: Structure, shape: Shape) -> tuple[
         if shape.out_features < shape.in_features:
             narrow, wide = wide, narrow
         side = wide if narrow in vacuous and wide not in vacuous else narrow
-    if is_learned(config.permutation) and side in vacuous and not config.force_permutation:
+    looked_for = is_learned(config.permutation) or config.permutation == "magnitude"
+    if looked_for and side in vacuous and not config.force_permutation:
         return "none", side, f"{structure.name} absorbs every {side} permutation: nothing to learn"
     return config.permutation, side, ""
 
@@ -127,7 +128,7 @@ def _describe_sparse(site: Site, layer: SparseLayer) -> None:
     hard = isinstance(layer.permutation, FixedPermutation)
     site.decision, site.reason = "sparse", "sparse already"
     site.structure, site.side = layer.structure, layer.side
-    site.kept = layer.structure.slots(layer.indices, layer.shape).shape[1]
+    site.kept = layer.kept
     site.sparsity = site.actual_sparsity = layer.sparsity
     if layer.permutation is not None:
         site.permutation = "hard" if hard else "soft"

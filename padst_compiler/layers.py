@@ -30,7 +30,7 @@ class SparseLayer(Storage):
     side: str
     permutation: Permutation | None
     recorder: nn.Module | None
-    config: Any  # the SparseConfig that the layer was made from, where there is one
+    config: Any  # the SparseConfig that the layer was made from, if any
     dense_type: type[nn.Module]
     bias: nn.Parameter | None
 
@@ -105,8 +105,7 @@ class SparseLayer(Storage):
 
     def harden(self) -> None:
         """Replace a soft permutation by its index map; nothing else changes."""
-        soft = self.soft_permutation
-        if soft is not None:
+        if (soft := self.soft_permutation) is not None:
             self.permutation = FixedPermutation(soft.harden(), next(soft.parameters()).device)
 
     def product(self, x: Tensor) -> Tensor:

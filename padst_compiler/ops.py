@@ -5,7 +5,8 @@
 bias, out_features)``
 ``<structure>_linear_dx(grad, values,           gradient of ``x (..., i)``
 indices, in_features)``
-``<structure>_linear_dw(grad, x, indices)``     gradient of ``values``: the kept units only
+``<structure>_linear_dw(grad, x, indices,       gradient of ``values``: the kept units only
+unit)``
 ``permute(x, perm)``                            ``x[..., perm]``
 ``invert(perm)``                                the inverse map
 ==============================================  ================================================
@@ -22,13 +23,14 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from padst_compiler.index_map import invert
-from padst_compiler.structures import STRUCTURES, Shape, Structure
+from padst_compiler.structures import STRUCTURES, Shape, Structure, unit_of
 
 __all__ = ["LINEAR", "LINEAR_DW", "LINEAR_DX", "STRUCTURE_OF"]
 
@@ -44,7 +46,8 @@ def _register_linear(kind: type[Structure]) -> None:
     def linear(
         x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
     ) -> Tensor:
-        structure = kind.of_storage(indices, Shape(out_features, x.shape[-1]))
+        shape = Shape(out_features, x.shape[-1])
+        structure = kind.of_storage(indices, shape, unit_of(values, indices))
         y = structure.linear(x, values, indices, out_features)
         return (y if bias is None else y + bias).contiguous()
 
@@ -55,20 +58,21 @@ def _register_linear(kind: type[Structure]) -> None:
         return x.new_empty((*x.shape[:-1], out_features))
 
     def dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
-        structure = kind.of_storage(indices, Shape(grad.shape[-1], in_features))
+        shape = Shape(grad.shape[-1], in_features)
+        structure = kind.of_storage(indices, shape, unit_of(values, indices))
         return structure.linear_dx(grad, values, indices, in_features).contiguous()
 
     def dx_fake(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
         del values, indices
         return grad.new_empty((*grad.shape[:-1], in_features))
 
-    def dw(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        structure = kind.of_storage(indices, Shape(grad.shape[-1], x.shape[-1]))
+    def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
+        structure = kind.of_storage(indices, Shape(grad.shape[-1], x.shape[-1]), unit)
         return structure.linear_dw(grad, x, indices).contiguous()
 
-    def dw_fake(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        shape = Shape(grad.shape[-1], x.shape[-1])
-        return grad.new_empty((*indices.shape, *kind.of_storage(indices, shape).unit(shape)))
+    def dw_fake(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
+        del x
+        return grad.new_empty((*indices.shape, *unit))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output
@@ -82,7 +86,9 @@ def _register_linear(kind: type[Structure]) -> None:
         grad = grad.contiguous()
         return (
             LINEAR_DX[kind.name](grad, values, indices, x.shape[-1]) if need_x else None,
-            LINEAR_DW[kind.name](grad, x, indices) if need_values else None,
+            LINEAR_DW[kind.name](grad, x, indices, unit_of(values, indices))
+            if need_values
+            else None,
             None,
             grad.flatten(0, -2).sum(0)
             if need_bias and grad.dim() > 1
@@ -109,7 +115,7 @@ def _register_linear(kind: type[Structure]) -> None:
         f"{name}_dw",
         dw,
         mutates_args=(),
-        schema="(Tensor grad, Tensor x, Tensor indices) -> Tensor",
+        schema="(Tensor grad, Tensor x, Tensor indices, SymInt[] unit) -> Tensor",
     ).register_fake(dw_fake)
     namespace = torch.ops.padst
     LINEAR[kind.name] = getattr(namespace, f"{kind.name}_linear").default

@@ -1,4 +1,4 @@
-"""Pictures: what the demo learned, and what the compiler does with it."""
+"""Pictures: what the demo learned, what the compiler does with it, and what a report says."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from padst_compiler.layers import SparseLayer, sparse_layers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from padst_compiler.reporting import Report
+    from padst_compiler.training import Event
     from padst_compiler.trial import Run
 
-__all__ = ["demo_picture", "readme_picture"]
+__all__ = ["demo_picture", "readme_picture", "report_picture"]
 
 INK, RUST, SEA, SAND = "#22303c", "#c2542d", "#2b7a78", "#d9b44a"
 COLOURS = {"dense": INK, "block": SAND, "block + permutation": SEA}
@@ -30,8 +32,8 @@ def demo_picture(runs: Sequence[Run], path: Path) -> Path:
     figure, axes = _figure(2, 4, (16, 7.6))
     learned = next(r for r in runs if "permutation" in r.variant)
     _curves(axes[0][0], runs)
-    _history(axes[0][1], learned, "penalty", "P(M) / 2N", None)
-    _history(axes[0][2], learned, "gap", "worst gap", 0.2929)
+    _history(axes[0][1], learned.history, "penalty", "P(M) / 2N", None)
+    _history(axes[0][2], learned.history, "gap", "worst gap", 0.2929)
     name, soft = next(iter(learned.soft.items()))
     layer = sparse_layers(learned.model)[name]
     _matrix(axes[0][3], soft, f"{name}: soft, a third of the way")
@@ -60,6 +62,26 @@ def readme_picture(
     _matrix(axes[0][1], layer.permutation.matrix().detach(), "Π: learned, then hard")
     _listing(axes[0][2], "captured", before)
     _listing(axes[0][3], "folded", after)
+    return _save(figure, path)
+
+
+def report_picture(report: Report, path: Path) -> Path:
+    """Draw shares and distances by layer, and the history of gaps and churn.
+
+    Args:
+        report: its history may be empty.
+        path: the picture, ``.png`` or ``.svg``.
+
+    Raises:
+        ImportError: the ``[plot]`` extra is not installed.
+    """
+    figure, axes = _figure(2, 2, (13, 7))
+    shares = {"sparsity": INK, "explored": SEA, "soft_share": SAND}
+    _bars(axes[0][0], report, shares, "shares: zeros, units ever active, steps spent soft")
+    distances = {"distance": INK, "distance_modulo": RUST}
+    _bars(axes[0][1], report, distances, "features moved: in all, beyond what is absorbed")
+    _history(axes[1][0], report.history, "gap", "worst gap", 0.2929)
+    _history(axes[1][1], report.history, "churn", "units changed", None)
     return _save(figure, path)
 
 
@@ -94,20 +116,35 @@ def _curves(axis: Any, runs: Sequence[Run]) -> None:
     _open(axis)
 
 
-def _history(axis: Any, run: Run, key: str, title: str, line: float | None) -> None:
-    layers = sorted({event["layer"] for event in run.history})
+def _bars(axis: Any, report: Report, colours: dict[str, str], title: str) -> None:
+    """Draw one group of bars per layer; what is not known has no bar."""
+    names, width = list(report.layers), 0.8 / len(colours)
+    for place, (field, colour) in enumerate(colours.items()):
+        known = [(float(n), getattr(report.layers[name], field)) for n, name in enumerate(names)]
+        known = [(n + place * width - 0.4 + width / 2, v) for n, v in known if v is not None]
+        axis.bar([n for n, _ in known], [v for _, v in known], width, color=colour, label=field)
+    axis.set(title=title, ylim=(0, 1))
+    axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=8)
+    axis.legend(frameon=False, fontsize=7)
+    _open(axis)
+
+
+def _history(axis: Any, history: Sequence[Event], key: str, title: str, line: float | None) -> None:
+    layers = sorted({event["layer"] for event in history})
     shades = (RUST, SEA, SAND, INK)
     for position, layer in enumerate(layers):
         colour = shades[position % len(shades)]
-        events = [e for e in run.history if e["layer"] == layer and e[key] is not None]
-        axis.plot([e["step"] for e in events], [e[key] for e in events], color=colour, label=layer)
-        hard = [e for e in events if e["hardened"]]
-        axis.plot([e["step"] for e in hard], [e[key] for e in hard], "o", color=colour)
+        found = [(e["step"], e.get(key), e["hardened"]) for e in history if e["layer"] == layer]
+        events = [(step, value, hard) for step, value, hard in found if value is not None]
+        axis.plot([e[0] for e in events], [e[1] for e in events], color=colour, label=layer)
+        hard = [e for e in events if e[2]]
+        axis.plot([e[0] for e in hard], [e[1] for e in hard], "o", color=colour)
     if line is not None:
         axis.axhline(line, color=INK, linewidth=0.8, linestyle=":")
         axis.annotate("argmax is a permutation below", (0, line), va="bottom", fontsize=8)
     axis.set(title=f"{title}, by layer", xlabel="step", ylim=(0, 1))
-    axis.legend(frameon=False, fontsize=7)
+    if layers:
+        axis.legend(frameon=False, fontsize=7)
     _open(axis)
 
 
@@ -119,7 +156,7 @@ def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
 
 def _mask(axis: Any, layer: SparseLayer, title: str) -> None:
     with torch.no_grad():
-        weight = layer.structure.unpack(layer.values, layer.indices, layer.shape).cpu()
+        weight = layer.matrix().detach().cpu()
     bound = float(weight.abs().max()) or 1.0
     if weight.shape[0] > weight.shape[1]:
         weight, title = weight.t(), f"{title} (transposed)"

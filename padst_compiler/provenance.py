@@ -1,4 +1,4 @@
-"""Where an operand of a recorded run comes from: of which weights, or which tensor it is."""
+"""Where an operand of a recorded run comes from: which weights made it, which tensor it is."""
 
 from __future__ import annotations
 

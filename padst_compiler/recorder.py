@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from padst_compiler.layers import SparseLayer
+from padst_compiler.structure_text import describe
 from padst_compiler.watch import FINITE, POISONED, wipe
 
 __all__ = ["Recorder"]
@@ -41,7 +42,8 @@ class Recorder(nn.Module):
     The buffers are not saved with the model; ``DynamicSparsity.state_dict`` holds them when needed.
 
     Example:
-        >>> from padst_compiler.layers import SparseLinear
+        >>> from padst_compiler.structure_text import describe
+    from padst_compiler.layers import SparseLinear
         >>> from padst_compiler.structures import FanIn
         >>> start = torch.tensor([[0], [1]], dtype=torch.int32)
         >>> layer = SparseLinear.adopt(nn.Linear(3, 2), FanIn(), start, None, "input")
@@ -71,6 +73,7 @@ class Recorder(nn.Module):
         # A tuple, for it must not be a submodule. Not the indices: ``Module.to`` replaces them.
         self._layer = (layer,)
         self.armed = torch.zeros((), dtype=torch.bool)  # no buffer: it stays on the CPU
+        self._structure = describe(layer.structure)  # text, which an operator can take
         self.fit(width, top)
 
     def fit(self, width: int | None = None, top: int = 0) -> None:
@@ -141,7 +144,7 @@ class Recorder(nn.Module):
             self.top,
             self.status,
             layer.kept_units(),
-            layer.structure.name,
+            self._structure,
         )
         return watched
 

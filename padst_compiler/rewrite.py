@@ -170,12 +170,12 @@ def inline(
     graph: fx.Graph,
     before: fx.Node,
     function: Callable[..., Any],
-    arguments: Sequence[fx.Node | int | None],
+    arguments: Sequence[fx.Node | int | list[int] | None],
     table: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Any:
     """Insert the ATen graph of ``function(*arguments)`` before a node; return its result node(s).
 
-    ``None`` and integers are constants; nodes bring their fake values.
+    ``None``, integers and lists of them are constants; nodes bring their fake values.
     """
     nodes = [a for a in arguments if isinstance(a, fx.Node)]
     fakes = [n.meta["val"] for n in nodes]

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from padst_compiler.config import ConfigMap
 from padst_compiler.handover import check_optimizer, hand_over, unchanged_on_error
-from padst_compiler.index_map import IndexMap
-from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
-from padst_compiler.permutation import FixedPermutation, Permutation
+from padst_compiler.layers import SparseLayer
 from padst_compiler.plan import Plan, plan
-from padst_compiler.relaxations.spelling import make
+from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
+from padst_compiler.starts import KINDS, Start, prepare, weight_of
 from padst_compiler.structures import Structure
 
-__all__ = ["random_topology", "sparsify"]
-
-_KINDS: dict[str, type[SparseLayer]] = {
-    "linear": SparseLinear,
-    "conv1d": SparseConv1D,
-    "conv1x1": SparsePointwiseConv,
-}
+__all__ = ["sparsify"]
 
 
 def sparsify(
@@ -53,7 +44,7 @@ def sparsify(
     Args:
         model: any module with ``nn.Linear``, transformers' ``Conv1D`` or 1x1 convolutions.
         config: a config for all layers, or a mapping from names or "re:..." to configs or None.
-        structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", ...
+        structure: instead of ``config``: "block", "nm:2:4", "diagonal", "fan_in", "dynadiag", ...
         sparsity: instead of ``config``: the fraction of zeros.
         permutation: instead of ``config``: "none", "random", "learned", "low_rank", ...
         filter_fn: ``filter_fn(site)`` or ``filter_fn(module, name)``, True for what to convert.
@@ -83,41 +74,20 @@ def sparsify(
         filter_fn=filter_fn,
         strict=strict,
     )
-    by_default = not isinstance(config, Mapping) and filter_fn is None
-    _refuse(model, chosen, by_default)
-    weights = {site.name: _weight_of(site) for site in chosen.sparse}
+    _refuse(model, chosen, by_default=not isinstance(config, Mapping) and filter_fn is None)
+    weights = {site.name: weight_of(site) for site in chosen.sparse}
     if optimizer is not None:
-        trained = [w for w in weights.values() if w.requires_grad]
-        check_optimizer(optimizer, trained)
-    prepared = _prepare(chosen.sparse)
+        check_optimizer(optimizer, [w for w in weights.values() if w.requires_grad])
+    prepared = prepare(chosen.sparse)
     modules = [site.module for site in chosen.sparse if site.module is not None]
     with _unchanged_on_error(modules), unchanged_on_error(optimizer):
-        layers = {site.name: _adopt(site, mask, perm) for site, mask, perm in prepared}
+        layers = {site.name: _adopt(site, start) for site, start in prepared}
         if optimizer is not None:
             hand_over(optimizer, weights, _parameters_of(layers))
-    refused = [site for site in chosen.sites if site.refused]
-    if refused:
-        warnings.warn(
-            f"{len(refused)} requested sites stay dense: {_reasons(refused)}", stacklevel=2
-        )
+    if refused := [site for site in chosen.sites if site.refused]:
+        said = f"{len(refused)} requested sites stay dense: {_reasons(refused)}"
+        warnings.warn(said, stacklevel=2)
     return model
-
-
-def random_topology(
-    structure: Structure, kept: int, site: Site, generator: torch.Generator
-) -> Tensor:
-    """Return the indices of ``kept`` units per group, drawn evenly, ascending.
-
-    Args:
-        structure: the family of masks.
-        kept: units that each group keeps.
-        site: whose shape it is.
-        generator: on the CPU, so that a seed gives one mask on every device.
-    """
-    assert site.shape is not None
-    scores = torch.rand(structure.table(site.shape), generator=generator)
-    indices = scores.topk(kept, dim=1).indices.sort(dim=1).values
-    return indices.to(torch.int32).view(structure.index_shape(site.shape, kept))
 
 
 def _refuse(model: nn.Module, chosen: Plan, by_default: bool) -> None:
@@ -154,66 +124,30 @@ def _reasons(sites: Sequence[Site]) -> str:
     return f"{first}{more}. plan(model) lists them all."
 
 
-def _generator(site: Site, purpose: str) -> torch.Generator:
-    """Return a private generator: the config's seed, the site's name and the purpose decide it."""
-    assert site.config is not None
-    text = f"{site.config.seed}:{site.name}:{purpose}"
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(seed)
-
-
-def _topology_of(site: Site) -> Tensor:
-    assert site.structure is not None
-    return random_topology(site.structure, site.kept, site, _generator(site, "topology"))
-
-
-def _permutation_of(site: Site) -> Permutation | None:
-    if site.permutation == "none":
-        return None
-    weight, generator = _weight_of(site), _generator(site, "permutation")
-    if site.permutation == "random":
-        perm = torch.randperm(site.permuted_size, generator=generator)
-        return FixedPermutation(IndexMap.of(perm), weight.device)
-    soft = make(site.permutation, site.permuted_size, generator, weight.device)
-    return soft.requires_grad_(weight.requires_grad)  # a frozen layer stays frozen
-
-
-def _prepare(sites: Sequence[Site]) -> list[tuple[Site, Tensor, Permutation | None]]:
-    """Return mask and permutation of every site; siblings that share get the same module."""
-    own = {site.name: _permutation_of(site) for site in sites if not site.shares}
-    for site in sites:
-        held = own[site.shares or site.name]
-        if site.permutation != "random" and held is not None and _weight_of(site).requires_grad:
-            held.requires_grad_(True)  # one that trains is enough
-    return [(site, _topology_of(site), own[site.shares or site.name]) for site in sites]
-
-
-def _adopt(site: Site, indices: Tensor, permutation: Permutation | None) -> SparseLayer:
+def _adopt(site: Site, start: Start) -> SparseLayer:
     assert site.module is not None and site.structure is not None and site.config is not None
-    kind = _KINDS[site.kind]
-    layer = kind.adopt(site.module, site.structure, indices, permutation, site.side)
+    indices, permutation, values = start
+    kind, structure = KINDS[site.kind], site.structure
+    layer = kind.adopt(site.module, structure, indices, permutation, site.side, values)
+    if site.config.soft:
+        layer.selection = SoftSelection(layer.kept, site.kept, layer.values.device)
+        layer.selection.alpha.requires_grad_(layer.values.requires_grad)
     layer.config = replace(
         site.config, sparsity=site.sparsity, permutation=site.permutation, side=site.side
     )
     return layer
 
 
-def _weight_of(site: Site) -> nn.Parameter:
-    assert site.module is not None
-    weight = site.module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
-
-
 def _parameters_of(layers: Mapping[str, SparseLayer]) -> dict[str, dict[str, nn.Parameter]]:
-    """Return ``values`` first, then what the permutation learns; not the bias, which stays.
+    """Return ``values`` first, then what chooses and permutes; not the bias, which stays.
 
     What several layers learn together belongs to the first of them.
     """
+    parts = ("permutation.", "selection.")
     found: dict[str, dict[str, nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for name, layer in layers.items():
-        own = {n: p for n, p in layer.named_parameters() if n.startswith("permutation.")}
+        own = {n: p for n, p in layer.named_parameters() if n.startswith(parts)}
         found[name] = {"values": layer.values} | {n: p for n, p in own.items() if p not in seen}
         seen |= set(own.values())
     return found

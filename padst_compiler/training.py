@@ -30,9 +30,8 @@ __all__ = ["DynamicSparsity", "Event", "harden"]
 class Event(TypedDict):
     """One layer at one update or check.
 
-    ``gap`` is that of the worst row or column, ``penalty`` is P(M) / (2 N) without lambda, both
-    None where nothing is soft; ``churn`` is the share of units that changed; ``ablated`` is the
-    number of neurons that are out now.
+    ``gap`` is the worst row's or column's, ``penalty`` is P(M) / (2 N) without lambda, None where
+    nothing is soft; ``churn`` is the share of units that changed; ``ablated`` counts neurons.
     """
 
     step: int
@@ -102,10 +101,9 @@ class DynamicSparsity:
     ) -> None:
         """Check everything, then attach."""
         every = update_every if harden_every is None else harden_every
-        self.method = as_method(method, METHODS)
         lengths = (total_steps, update_every, drop_fraction, end, penalty_weight, every)
         self.schedule = Schedule(*lengths, penalty, hardening, anneal)
-        self._layers = controllable(model, optimizer)
+        self.method, self._layers = as_method(method, METHODS), controllable(model, optimizer)
         if refusal := self.method.refusal(self._layers):
             raise ValueError(refusal)
         self.keep_state, self.step_count = keep_state, 0
@@ -128,8 +126,8 @@ class DynamicSparsity:
 
         P(M) sums ``l1 - l2`` over N rows and N columns. Divided by 2 N it is their mean gap, below
         1 for every width; then the mean over the layers that are still soft. So the penalty stays
-        below ``penalty_weight``, which compares with a task loss of the order of 1. The scalar is
-        zero, on the model's device, where nothing is soft. What the method adds comes on top.
+        below ``penalty_weight``, which compares with a task loss of the order of 1. A scalar on
+        the model's device, 0 where nothing is soft. The method may add a term of its own.
         """
         total = torch.zeros((), device=next(iter(self._layers.values())).values.device)
         if self._hardening.soft:
@@ -229,23 +227,16 @@ class DynamicSparsity:
 
     def _visit(self, name: str, layer: SparseLayer, update: bool) -> None:
         """Move one layer's mask, look at its permutation, and note both."""
-        soft = name in self._hardening.soft
         churn = self._move(name, layer) if update else None
+        due = self.schedule.checks_at(self.step_count)
+        soft = name in self._hardening.soft and (due or churn is not None)
         if churn is None and not soft:
             return
         look = self._hardening.look(name) if soft else None
-        due = look is not None and self.schedule.checks_at(self.step_count)
-        done = bool(look and due and self._hardening.settle(name, look, self.step_count))
+        done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
-        event = Event(
-            step=self.step_count,
-            layer=name,
-            gap=gap,
-            penalty=penalty,
-            churn=churn or 0.0,
-            hardened=done,
-            ablated=layer.ablated,
-        )
+        event: Any = {"step": self.step_count, "layer": name, "gap": gap, "penalty": penalty}
+        event |= {"churn": churn or 0.0, "hardened": done, "ablated": layer.ablated}
         self.history.append(event)
 
     def _move(self, name: str, layer: SparseLayer) -> float | None:

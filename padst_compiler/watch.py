@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from padst_compiler.structures import STRUCTURES, Diagonal, Shape, Structure
+from padst_compiler.structure_text import parse_structure
+from padst_compiler.structures import Diagonal, Shape, Structure
 
 __all__ = ["FINITE", "POISONED", "SLAB", "wipe"]
 
@@ -27,8 +28,6 @@ SLAB = 2**20
 
 FINITE, POISONED = 1, 2
 """``status`` after a pass whose scores are all finite, and after another one; 0 before any."""
-
-_KINDS: dict[str, type[Structure]] = {kind.name: kind for kind in STRUCTURES}
 
 
 def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -44,9 +43,7 @@ def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int,
     if isinstance(structure, Diagonal):
         yield 0, 0, _diagonal_scores(structure, grad, x)
         return
-    # Tables follow the rows of the weight, so a slab of rows is a run of the table; a unit of
-    # several weights may need all the rows of its group.
-    rows = shape.out_features // groups if structure.unit(shape) else 1
+    rows = structure.rows_per_slab(shape)
     rows *= max(1, SLAB // (rows * shape.in_features))
     for start in range(0, shape.out_features, rows):
         scores = structure.unit_scores(grad[:, start : start + rows].t() @ x)
@@ -55,7 +52,7 @@ def _slabs(structure: Structure, grad: Tensor, x: Tensor) -> Iterator[tuple[int,
 
 
 def _diagonal_scores(structure: Diagonal, grad: Tensor, x: Tensor) -> Tensor:
-    """Return the norms of all diagonals of ``grad^T x``: ``(1, candidates)``.
+    """Return the norms of all units of ``grad^T x``: ``(1, candidates)``.
 
     A slab that starts ``start`` along the shorter axis holds a piece of every diagonal, and what
     lies on offset d of the weight lies on offset ``d + start`` of the slab.
@@ -67,8 +64,8 @@ def _diagonal_scores(structure: Diagonal, grad: Tensor, x: Tensor) -> Tensor:
     for start in range(0, shorter.shape[1], step):
         part = shorter[:, start : start + step]
         slab = part.t() @ longer if along_rows else longer.t() @ part
-        squares += structure.unit_scores(slab).roll(-start, dims=1).square()
-    return squares.sqrt()
+        squares += structure.squares(slab).roll(-start, dims=1)
+    return structure.over_units(squares, Shape(grad.shape[1], x.shape[1])).sqrt()
 
 
 def wipe(candidates: Tensor, gains: Tensor, active: Tensor, top: Tensor) -> None:
@@ -95,7 +92,7 @@ def _observe(
         return
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     shape = Shape(grad.shape[1], x.shape[1])
-    kind = _KINDS[structure].of_storage(indices, shape)
+    kind = parse_structure(structure)
     slots = kind.slots(indices, shape).long()
     listed, known, lists = candidates.long(), gains.float(), gains.shape[1]  # may be bfloat16
     best, gain = torch.zeros_like(listed), torch.full_like(known, -torch.inf)

@@ -29,7 +29,7 @@ from padst_compiler.rewrite import (
     inline,
     shape_of,
 )
-from padst_compiler.structures import Shape
+from padst_compiler.structures import Shape, unit_of
 
 __all__ = ["AbsorbIntoReader"]
 
@@ -94,7 +94,9 @@ def _absorb_structured(graph: fx.Graph, reader: fx.Node, perm: fx.Node, facts: F
         return "the reader's weight is not frozen"
     width = (shape_of(x) or (0,))[-1]
     shape = Shape(int((shape_of(reader) or (0,))[-1]), int(width))
-    structure = STRUCTURE_OF[reader.target].of_storage(indices.meta["val"], shape)
+    structure = STRUCTURE_OF[reader.target].of_storage(
+        indices.meta["val"], shape, unit_of(values.meta["val"], indices.meta["val"])
+    )
     if "input" not in structure.vacuous_sides:
         known = facts.map_of(perm)
         if known is None or not structure.absorbs_columns(known, shape):

@@ -33,7 +33,7 @@ from padst_compiler.rewrite import (
     inline,
     shape_of,
 )
-from padst_compiler.structures import Shape
+from padst_compiler.structures import Shape, unit_of
 
 __all__ = ["AbsorbIntoWriter"]
 
@@ -167,7 +167,9 @@ class _Proof:
         if not all(self.facts.is_frozen(w) for w in weights):
             return "the writer's weight is not frozen"
         shape = Shape(int(_last(node)), int((shape_of(x) or (0,))[-1]))
-        structure = STRUCTURE_OF[node.target].of_storage(indices.meta["val"], shape)
+        structure = STRUCTURE_OF[node.target].of_storage(
+            indices.meta["val"], shape, unit_of(values.meta["val"], indices.meta["val"])
+        )
         if "output" not in structure.vacuous_sides:
             known = self.facts.map_of(self.perm)
             if known is None or not structure.absorbs_rows(known, shape):

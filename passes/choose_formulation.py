@@ -24,7 +24,7 @@ from padst_compiler.compat import size_hint
 from padst_compiler.formulation import Candidates, Formulation, Geometry
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
 from padst_compiler.rewrite import Facts, Report, Rule, inline, shape_of
-from padst_compiler.structures import Shape
+from padst_compiler.structures import Shape, unit_of
 
 __all__ = ["ChooseFormulation"]
 
@@ -87,13 +87,15 @@ def _geometry(node: fx.Node, facts: Facts) -> Geometry:
         shape = Shape(int(first[-1]), _integer(node.args[3]))
     else:
         shape = Shape(_integer(node.args[4]), int(first[-1]))
-    structure = STRUCTURE_OF[node.target].of_storage(indices.meta["val"], shape)
     values = node.args[1] if node.target not in _DW else None
+    unit = _constant(node.args[3]) if values is None else unit_of(_val(values), _val(indices))
+    assert isinstance(unit, Sequence)
+    structure = STRUCTURE_OF[node.target].of_storage(_val(indices), shape, unit)
     value = node.meta["val"]
     return Geometry(
         structure=structure,
         shape=shape,
-        kept=structure.slots(indices.meta["val"], shape).shape[1],
+        kept=structure.slots(_val(indices), shape).shape[1],
         tokens=math.prod(size_hint(n) for n in first[:-1]),
         dtype=value.dtype,
         device=value.device.type,
@@ -107,8 +109,15 @@ def _indices(node: fx.Node) -> fx.Node:
     return indices
 
 
-def _constant(argument: object) -> fx.Node | int | None:
-    """Return an operator's argument; a width that was traced as a symbol, as its number."""
+def _val(node: object) -> torch.Tensor:
+    assert isinstance(node, fx.Node) and isinstance(node.meta["val"], torch.Tensor)
+    return node.meta["val"]
+
+
+def _constant(argument: object) -> fx.Node | int | list[int] | None:
+    """Return an operator's argument; widths that were traced as symbols, as their numbers."""
+    if isinstance(argument, list | tuple):
+        return [_integer(size) for size in argument]
     if isinstance(argument, fx.Node) and isinstance(argument.meta["val"], torch.Tensor):
         return argument
     return None if argument is None else _integer(argument)

@@ -274,8 +274,7 @@ def test_soft_permutations_compile() -> None:
     model = Mlp().eval()
     model.fc2.permutation = SinkhornPermutation(32, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        fast = compiled(model, options=STRICT)
-        same(fast, model, torch.randn(9, 16))
+        same(fast := compiled(model, options=STRICT), model, torch.randn(9, 16))
         model.fc2.permutation.logits.normal_()
         same(fast, model, torch.randn(9, 16))
 

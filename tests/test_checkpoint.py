@@ -179,7 +179,7 @@ def test_the_header_says_what_each_layer_is(path: Path) -> None:
         "structure": "nm:2:4",
         "shape": [24, WIDTH],
         "side": "input",
-        "permutation": {"kind": "soft", "temperature": 0.3, "iterations": 7},
+        "permutation": {"kind": "soft", "form": "sinkhorn", "settings": {"iterations": 7}},
         "dtype": "bfloat16",
         "config": SparseConfig("nm:2:4", 0.5).to_dict(),
     }
@@ -282,7 +282,7 @@ def test_soft_stays_the_same_parameter_and_takes_the_files_temperature(path: Pat
     model, target = sparse_net(state="soft"), sparse_net(state="soft")
     for net in (target.fc1, target.fc2):
         assert isinstance(net, SparseLayer) and net.soft_permutation is not None
-        net.soft_permutation.temperature = 2.0
+        net.soft_permutation.get_buffer("temperature").fill_(2.0)
     logits = target.get_parameter("fc1.permutation.logits")
     save(model, path)
     load(target, path)
@@ -473,8 +473,9 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "shape": (layer(0, shape=[24, 8]), "Expected a linear of 24x8"),
     "alias": (lambda h: h["aliases"].update(x="y"), "Got KeyError('y')"),
     "state": (soft(kind="hot"), "none, fixed or soft"),
-    "temperature": (soft(temperature=0), "a temperature and iterations above 0"),
-    "iterations": (soft(iterations=-1), "a temperature and iterations above 0"),
+    "form": (soft(form="sinkhron"), "Did you mean 'sinkhorn'"),
+    "iterations": (soft(settings={"iterations": -1}), "Expected settings above 0"),
+    "settings": (soft(settings={"rank": 3}), "of layer 'fc2'"),
 }
 NUMBERS: dict[str, tuple[dict[str, Tensor] | dict[str, None], str]] = {
     "index too large": (indices(0, 4), "Expected unique indices below 4"),
@@ -491,6 +492,7 @@ NUMBERS: dict[str, tuple[dict[str, Tensor] | dict[str, None], str]] = {
     "perm dtype": ({PERM: torch.arange(16).int()}, "as torch.int64 (16,). Got torch.int32"),
     "logits": (tensor(LOGITS, (16, 8), FLOAT), "Expected logits (16, 16). Got (16, 8)"),
     "logits dtype": (tensor(LOGITS, (16, 16), INT), "fc2"),
+    "temperature": (tensor("fc2.permutation.temperature", (), FLOAT), "a temperature above 0"),
     "missing": ({"norm.weight": None}, "Got none for ['norm.weight']"),
     "unknown": (tensor("more", (2,), FLOAT), "unknown ['more']"),
     "other shape": (tensor("norm.weight", (23,), FLOAT), "Got torch.float32 (23,)"),

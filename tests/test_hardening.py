@@ -11,6 +11,7 @@ from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer, SparseLinear
 from padst_compiler.permutation import FixedPermutation, Permutation, gaps
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
+from padst_compiler.schedule import Schedule
 from padst_compiler.structures import NM
 
 
@@ -224,3 +225,94 @@ def test_an_optimiser_of_other_parameters_is_refused_by_the_layers_name() -> Non
         controllable(model, optimizer)
     at(model, 1).values.requires_grad_(False)
     assert list(controllable(model, optimizer)) == ["0.0", "1.0"]
+
+
+def controlled(**settings: Any) -> tuple[nn.Sequential, Hardening]:
+    model, optimizer = make()
+    schedule = Schedule(total_steps=40, harden_every=10, end=0.5, **settings)
+    return model, Hardening(controllable(model, optimizer), optimizer, schedule)
+
+
+def test_every_rule_is_shown_what_it_needs() -> None:
+    for text, step, ready in (
+        ("plateau:1", 0, True),
+        ("plateau:2", 0, False),
+        ("threshold:0.9", 0, True),
+        ("threshold:0.1", 0, False),
+        ("step", 19, False),
+        ("step", 20, True),
+    ):
+        model, hardening = controlled(hardening=text)
+        assert hardening.settle("0.0", hardening.look("0.0"), step) == ready, text
+        assert (at(model, 0).soft_permutation is None) == ready
+
+
+def test_only_the_gap_rule_sharpens_what_is_late() -> None:
+    for text, grows in (("gap", True), ("step", False), ("threshold", False), ("plateau", False)):
+        model, hardening = controlled(hardening=text)
+        before = soft_of(at(model, 0)).logits.detach().clone()
+        hardening.after_step(19)
+        assert torch.equal(soft_of(at(model, 0)).logits, before)
+        hardening.after_step(20)
+        assert torch.equal(soft_of(at(model, 0)).logits, before) != grows
+
+
+def test_the_temperature_follows_the_schedule_and_is_constant_by_default() -> None:
+    for anneal, wanted in ((None, 0.1), (1.0, 0.1), (5.0, 0.02)):
+        model, hardening = controlled(anneal=anneal)
+        for step in range(1, 41):
+            hardening.after_step(step)
+        assert soft_of(at(model, 0)).temperature.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_steps_spent_soft_are_counted_by_layer() -> None:
+    _, hardening = controlled()
+    for step in range(1, 31):
+        hardening.after_step(step)
+        if step == 10:
+            hardening.harden("0.0")
+    assert hardening.soft_fraction(30) == {"0.0": pytest.approx(1 / 3), "1.0": 1.0}
+    _, resumed = controlled()
+    resumed.load_state_dict(hardening.state_dict())
+    assert resumed.soft_fraction(30) == hardening.soft_fraction(30)
+
+
+def test_multipliers_start_at_zero_grow_at_looks_and_are_saved() -> None:
+    model, hardening = controlled(penalty="augmented_lagrangian")
+    assert float(hardening.penalty().detach()) == 0.0
+    for step in range(1, 11):
+        hardening.after_step(step)
+    means = []
+    for i in range(2):
+        l1, l2 = soft_of(at(model, i)).norms()
+        stretched = (l1 - l2) + 0.05 * (l1 - l2) ** 2
+        means.append(float((0.1 * stretched * stretched).mean().detach()))
+    assert float(hardening.penalty().detach()) == pytest.approx(sum(means) / 2, rel=1e-5)
+    twin, resumed = controlled(penalty="augmented_lagrangian")
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(hardening.state_dict())
+    assert torch.equal(resumed.penalty(), hardening.penalty())
+
+
+def test_layers_that_share_harden_together_without_a_controller_too() -> None:
+    shared = soft()
+    model = nn.Sequential(sparse(shared), nn.Linear(4, 8), sparse(shared))
+    harden(model)
+    assert model[0].permutation is model[2].permutation
+    assert isinstance(model[0].permutation, FixedPermutation)
+
+
+def test_a_state_of_layers_that_hardened_together_loads() -> None:
+    def shared_model() -> tuple[nn.Module, Hardening]:
+        one = soft()
+        model = nn.Sequential(sparse(one), nn.Linear(4, 8), sparse(one))
+        optimizer = torch.optim.Adam(model.parameters())
+        return model, Hardening(controllable(model, optimizer), optimizer)
+
+    _, hardening = shared_model()
+    hardening.harden("2")
+    model, resumed = shared_model()
+    resumed.load_state_dict(hardening.state_dict())
+    assert resumed.soft == [] and perm_of(model.get_submodule("0")) == perm_of(
+        model.get_submodule("2")
+    )

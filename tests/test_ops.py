@@ -17,6 +17,7 @@ from padst_compiler.structures import (
     Shape,
     Structure,
     Unstructured,
+    unit_of,
 )
 
 SAMPLES: dict[type[Structure], Structure] = {
@@ -76,7 +77,7 @@ def test_the_gradients_pass_opcheck(kind: type[Structure]) -> None:
     values, indices, _ = storage(kind, shape, torch.float32)
     x, grad = torch.randn(2, 3, shape.in_features), torch.randn(2, 3, shape.out_features)
     torch.library.opcheck(LINEAR_DX[kind.name], (grad, values, indices, shape.in_features))
-    torch.library.opcheck(LINEAR_DW[kind.name], (grad, x, indices))
+    torch.library.opcheck(LINEAR_DW[kind.name], (grad, x, indices, unit_of(values, indices)))
 
 
 @pytest.mark.parametrize("tokens", [(), (5,), (2, 3)], ids=str)

@@ -1,4 +1,4 @@
-"""The wheel holds five packages under one name, and works where there is no checkout."""
+"""The wheel holds six packages under one name, and works where there is no checkout."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "padst_compiler": "padst_compiler",
+    "padst_compiler/relaxations": "padst_compiler/relaxations",
     "padst_compiler/structures": "padst_compiler/structures",
 }
 PACKAGES |= {f"padst_compiler/{name}": name for name in ("passes", "kernels", "export")}
@@ -65,7 +66,7 @@ def start(code: str, *, cwd: Path, path: Path) -> list[str]:
     return said.stdout.splitlines()
 
 
-def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_six_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {

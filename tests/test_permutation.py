@@ -192,6 +192,33 @@ def test_decode_reads_any_dtype_and_a_matrix_with_gradients() -> None:
         assert decode(matrix_of(order).to(dtype).requires_grad_()).perm.tolist() == order
 
 
+def in_log_space(logits: Tensor, iterations: int) -> Tensor:
+    for _ in range(iterations):
+        logits = logits - logits.logsumexp(dim=-2, keepdim=True)
+        logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+    return logits.exp()
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_scaling_by_vectors_is_scaling_in_log_space(scale: float, iterations: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(2, 24, 24, dtype=torch.float64, generator=generator)
+    weight = torch.randn(2, 24, 24, dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    found, wanted = sinkhorn(logits, iterations), in_log_space(logits, iterations)
+    torch.testing.assert_close(found, wanted)
+    grads = [torch.autograd.grad((m * weight).sum(), logits)[0] for m in (found, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast_leaves_the_scaling_in_full_precision() -> None:
+    logits = 5.0 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sinkhorn(logits, 10)
+    assert torch.equal(found, sinkhorn(logits, 10))
+
+
 def test_balance_tells_two_rows_on_one_column_apart() -> None:
     # Rows 0 and 1 want column 0; the column that is free is a chain of twelve moves away.
     soft = SinkhornPermutation(12, torch.Generator(), temperature=0.1)

@@ -37,6 +37,27 @@ def test_lambda_ramps_to_its_weight_at_the_end_of_updates_and_stays() -> None:
     assert linear_ramp(3, 6, 1.0) == 0.5
 
 
+def test_a_constant_lambda_and_multipliers_in_its_place() -> None:
+    constant = Schedule(total_steps=100, penalty_weight=0.4, penalty="constant")
+    assert [constant.penalty_at(t) for t in (0, 50, 100)] == [0.4, 0.4, 0.4]
+    multiplied = Schedule(total_steps=100, penalty_weight=0.4, penalty="augmented_lagrangian")
+    assert [multiplied.penalty_at(t) for t in (0, 50, 100)] == [1.0, 1.0, 1.0]
+
+
+def test_annealing_multiplies_to_its_total_at_the_end_of_updates() -> None:
+    own = Schedule(total_steps=100, end=0.5)
+    asked = Schedule(total_steps=100, end=0.5, anneal=4.0)
+    for schedule, default, total in ((own, 10.0, 10.0), (own, 1.0, 1.0), (asked, 10.0, 4.0)):
+        steps = range(1, 101)
+        assert math.prod(schedule.annealing_at(t, default) for t in steps) == pytest.approx(total)
+
+
+def test_a_rule_is_named() -> None:
+    assert Schedule(total_steps=10, hardening="plateau:3").hardening == "plateau:3"
+    with pytest.raises(ValueError, match=r"Expected hardening gap, .* Got 'gabs'\."):
+        Schedule(total_steps=10, hardening="gabs")
+
+
 def test_checks_go_on_after_the_end_of_updates() -> None:
     schedule = Schedule(total_steps=100, update_every=10, harden_every=20)
     assert [t for t in range(101) if schedule.checks_at(t)] == [20, 40, 60, 80, 100]
@@ -57,9 +78,12 @@ def test_checks_go_on_after_the_end_of_updates() -> None:
         {"end": 1.1},
         {"penalty_weight": -1.0},
         {"penalty_weight": math.inf},
+        {"penalty": "ramps"},
+        {"anneal": 0.5},
+        {"anneal": math.nan},
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name(bad: dict[str, float]) -> None:
     settings: dict[str, float] = {"total_steps": 100} | bad
-    with pytest.raises(ValueError, match=rf"^Expected .*{next(iter(bad))}.* Got .*\. [A-Z].*\.$"):
+    with pytest.raises(ValueError, match=rf"^Expected .*{next(iter(bad))}.* Got .*\. [A-Z].*[.?]$"):
         Schedule(**settings)  # type: ignore[arg-type]

@@ -15,9 +15,8 @@ from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, Spars
 from padst_compiler.layers import sparse_layers as layers_of
 from padst_compiler.permutation import FixedPermutation
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
-from padst_compiler.sites import Site
-from padst_compiler.sparsify import random_topology, sparsify
-from padst_compiler.structures import STRUCTURES, Shape, Structure, Unstructured
+from padst_compiler.sparsify import sparsify
+from padst_compiler.structures import STRUCTURES, Structure
 
 SIZES: dict[str, str] = {"block": "block:8"}  # others fit the small models as they are
 
@@ -268,7 +267,8 @@ def test_masks_and_permutations_follow_from_seed_and_name() -> None:
         again = {k: v for k, v in numbers(config).items() if "values" not in k}
         torch.testing.assert_close(first, again, rtol=0, atol=0)
         other = numbers(SparseConfig("block:8", permutation=permutation, seed=1))
-        assert all(not torch.equal(tensor, other[name]) for name, tensor in first.items())
+        drawn = {name: tensor for name, tensor in first.items() if tensor.dim()}
+        assert all(not torch.equal(tensor, other[name]) for name, tensor in drawn.items())
 
 
 def test_one_layers_numbers_do_not_depend_on_the_others() -> None:
@@ -293,19 +293,6 @@ def test_global_random_numbers_are_left_alone() -> None:
     seed = torch.get_rng_state()
     sparsify(model, structure="block:8", example_inputs=torch.ones(2, 64))
     assert torch.equal(seed, torch.get_rng_state())
-
-
-def test_topologies_are_drawn_evenly() -> None:
-    site = Site("fc", "linear", 400, Shape(20, 20))
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(400)
-    for _ in range(500):
-        indices = random_topology(Unstructured(), 100, site, generator)
-        assert indices.dtype is torch.int32 and bool((indices.diff() > 0).all())
-        counts[indices.long().flatten()] += 1
-    assert counts.sum() == 500 * 100
-    # Each weight is kept in a quarter of the draws: mean 125, deviation 9.7.
-    assert counts.min() > 75 and counts.max() < 175
 
 
 def test_random_permutations_are_permutations() -> None:

@@ -63,7 +63,7 @@ class Job:
             slots: ``(g, k)``, of a layer without ablated neurons.
             changed: ``(g, k)``, bool: which hold another unit. They start at zero.
         """
-        self.layer.indices.copy_(slots.view(self.layer.indices.shape))
+        self.layer.indices.copy_(self.layer.structure.indices_of(slots, self.layer.shape))
         self.memory.forget(self.layer.values, changed)
         return changed.float().mean().item()
 

@@ -60,6 +60,10 @@ class Lists(NamedTuple):
 class SRigL(Method):
     """Keep fan-in constant over the neurons that are left, on ``fan_in`` and ``nm``.
 
+    A compiled step compiles again whenever another number of neurons is left, and torch goes eager
+    after ``torch._dynamo.config.recompile_limit`` such changes (8 by default): raise it for long
+    runs. Without ablation nothing compiles again.
+
     N:M groups are filled like neurons, ``n' = floor(numbers / groups left)``; with N given it
     stays N, and ablation lowers the number of weights.
 

@@ -61,8 +61,12 @@ class AutoShufflePermutation(SoftPermutation):
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:
-        """Raise M to the power ``factor``, entry by entry; the magnitudes keep their size."""
-        self._become(self.soft().clamp_min(1e-30).log() * factor)
+        """Raise M to the power ``factor``, entry by entry, and the magnitudes' size by ``factor``.
+
+        So the steps of an optimiser matter less and less: at a fixed size, an Adam step of 0.01 on
+        every zero kept the gap near 0.1 for ever.
+        """
+        self._become(self.soft().clamp_min(1e-30).log() * factor, factor)
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -78,11 +82,11 @@ class AutoShufflePermutation(SoftPermutation):
         """Return nothing: all is in the magnitudes."""
         return {}
 
-    def _become(self, log: Tensor) -> None:
-        """Take ``exp(log)`` with the mean magnitude and the signs of before."""
+    def _become(self, log: Tensor, growth: float = 1.0) -> None:
+        """Take ``exp(log)`` with ``growth`` times the mean magnitude, and the signs, of before."""
         matrix, mean = log.softmax(dim=1), self.magnitudes.float().abs().mean()
         signs = torch.where(self.magnitudes < 0, -1.0, 1.0)
-        self.magnitudes.copy_(matrix * signs * mean * self.size)
+        self.magnitudes.copy_(matrix * signs * (growth * mean * self.size))
 
 
 def _normalised(raw: Tensor) -> Tensor:

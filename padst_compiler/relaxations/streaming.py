@@ -101,13 +101,12 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor, chunk: int
     ) -> Tensor:
-        parts = [
-            x @ log.add_(a[rows, None]).add_(b).exp_().to(x.dtype).t()
-            for rows, log in _parts(left, right, chunk)
-        ]
+        y = torch.empty_like(x)
+        for rows, log in _parts(left, right, chunk):
+            y[:, rows] = _multiply(x, log.add_(a[rows, None]).add_(b).exp_().to(x.dtype).t())
         ctx.chunk = chunk
         ctx.save_for_backward(x, left, right, a, b)
-        return torch.cat(parts, dim=1)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,7 +117,7 @@ class _Product(torch.autograd.Function):
         for rows, log in _parts(left, right, ctx.chunk):
             share = log.add_(a[rows, None]).add_(b).exp_()
             if to_x is not None:
-                to_x += _multiply(grad[:, rows], share.to(x.dtype))
+                to_x.addmm_(grad[:, rows], share.to(x.dtype))  # in place: no second (t, n)
             share.mul_(_multiply(grad[:, rows].t(), x))
             collected.add(rows, share)
         return (to_x, *collected.all(), None)

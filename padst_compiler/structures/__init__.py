@@ -4,11 +4,12 @@ Legend: ``o`` outputs, ``i`` inputs, ``t`` tokens, ``k`` kept per group; ``w: (o
 i)``; ``y = S (P x) = x[:, perm] @ S.T``. Sparsity is the fraction of zeros.
 """
 
-from padst_compiler.structures.base import ElementStructure, Shape, Structure
+from padst_compiler.structures.base import ElementStructure, Structure, unit_of
 from padst_compiler.structures.block import Block
 from padst_compiler.structures.diagonal import Diagonal
 from padst_compiler.structures.fan_in import FanIn
 from padst_compiler.structures.nm import NM
+from padst_compiler.structures.shape import Shape
 from padst_compiler.structures.unstructured import Unstructured
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Shape",
     "Structure",
     "Unstructured",
+    "unit_of",
 ]
 
 STRUCTURES: tuple[type[Structure], ...] = (Block, NM, Diagonal, FanIn, Unstructured)

@@ -3,24 +3,29 @@
 A structure sees the weight ``w: (o, i)`` as a table of *units* in *groups*. Every group keeps the
 same number ``k`` of units for ever, so nothing that is stored ever changes its shape:
 
-==============  ===========================  ======================  =================
-structure       groups                       candidates in a group   unit
-==============  ===========================  ======================  =================
-block           block rows (o / b)           block columns (i / b)   b x b weights
-nm              o * (i / m)                  m                       one weight
-diagonal        1                            max(o, i) offsets       min(o, i) weights
-fan_in          o                            i                       one weight
-unstructured    1                            o * i                   one weight
-==============  ===========================  ======================  =================
+==================  ===========================  ======================  =================
+structure           groups                       candidates in a group   unit
+==================  ===========================  ======================  =================
+block               block rows (o / r)           block columns (i / c)   r x c weights
+block, free         1                            all blocks              r x c weights
+nm                  o * (i / m)                  m                       one weight
+diagonal            1                            max(o, i) offsets       min(o, i) weights
+diagonal, in bands  1                            max(o, i) / b bands     b offsets
+diagonal, modulo g  1                            g residue classes       max(o, i) / g offsets
+fan_in              o                            i                       one weight
+unstructured        1                            o * i                   one weight
+==================  ===========================  ======================  =================
 
 ``indices`` (int32) names the kept candidates and ``values`` holds their weights, so the trainable
-numbers are ``nnz`` numbers. All growth rules work on ``slots``: indices seen as ``(groups, k)``.
+numbers are ``nnz`` numbers. All growth rules work on ``slots (groups, k)``, the kept units: what
+``indices`` says, and where a unit is several indices (a band), one number for all of them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,25 +34,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from padst_compiler.index_map import IndexMap
+from padst_compiler.structures.shape import Shape
 
-__all__ = ["ElementStructure", "Shape", "Structure"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A weight's shape, ``(out_features, in_features)``."""
-
-    out_features: int
-    in_features: int
-
-    @property
-    def numel(self) -> int:
-        """Number of weights of the dense layer."""
-        return self.out_features * self.in_features
-
-    def __str__(self) -> str:
-        """``out x in``."""
-        return f"{self.out_features}x{self.in_features}"
+__all__ = ["ElementStructure", "Shape", "Structure", "unit_of"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +46,18 @@ class Structure(ABC):
     name: ClassVar[str]
 
     @classmethod
-    def of_storage(cls, indices: Tensor, shape: Shape) -> Structure:
-        """Return the structure whose ``indices`` these are, with the sizes that they imply."""
-        del indices, shape
+    def of_storage(cls, indices: Tensor, shape: Shape, unit: Sequence[int]) -> Structure:
+        """Return a structure that reads this storage right, with the sizes that it implies.
+
+        Products and folds need no more. Units may be coarser than storage tells (bands of
+        diagonals): what moves a topology must know the structure itself.
+
+        Args:
+            indices: of the stored units.
+            shape: of the weight.
+            unit: the axes of ``values`` behind those of ``indices``.
+        """
+        del indices, shape, unit
         return cls()
 
     # -- which masks are allowed ---------------------------------------------------------------
@@ -75,10 +73,27 @@ class Structure(ABC):
 
     @abstractmethod
     def unit(self, shape: Shape) -> tuple[int, ...]:
-        """Return the shape of one unit's weights; ``()`` for single weights."""
+        """Return the shape of the weights behind one index; ``()`` for single weights."""
+
+    def indices_per_unit(self, shape: Shape) -> int:
+        """Return how many indices name one unit; they lie side by side, ascending."""
+        del shape
+        return 1
+
+    def unit_size(self, shape: Shape) -> int:
+        """Return how many weights a unit has."""
+        return self.indices_per_unit(shape) * math.prod(self.unit(shape))
+
+    def rows_per_slab(self, shape: Shape) -> int:
+        """Return the least number of rows of a weight whose units are a run of the table.
+
+        The table follows the rows; 0 where it does not, as with diagonals.
+        """
+        del shape
+        return 1
 
     def index_shape(self, shape: Shape, kept: int) -> tuple[int, ...]:
-        """Return the shape of ``indices``; ``(groups, kept)`` unless a structure says otherwise."""
+        """Return the shape of ``indices``, unless a structure says otherwise ``(groups, kept)``."""
         return (self.table(shape)[0], kept)
 
     def kept(self, shape: Shape, sparsity: float) -> int:
@@ -89,7 +104,7 @@ class Structure(ABC):
     def actual_sparsity(self, shape: Shape, kept: int) -> float:
         """Return the sparsity reached, the fraction of zeros in the effective weight."""
         groups, _ = self.table(shape)
-        return 1.0 - groups * kept * math.prod(self.unit(shape)) / shape.numel
+        return 1.0 - groups * kept * self.unit_size(shape) / shape.numel
 
     # -- scores and selection ------------------------------------------------------------------
 
@@ -107,17 +122,21 @@ class Structure(ABC):
     def select(self, dense: Tensor, kept: int) -> Tensor:
         """Return the indices of the ``kept`` best units of each group, ascending."""
         scores = self.unit_scores(dense)
-        best = scores.topk(kept, dim=1).indices.sort(dim=1).values
-        return best.to(torch.int32).view(self.index_shape(_shape_of(dense), kept))
+        return self.indices_of(
+            scores.topk(kept, dim=1).indices.sort(dim=1).values, _shape_of(dense)
+        )
 
     def slots(self, indices: Tensor, shape: Shape) -> Tensor:
-        """View ``indices`` as ``(groups, k)``."""
+        """Return the kept units of every group, ``(groups, k)``; -1 stays -1."""
         return indices.view(self.table(shape)[0], -1)
 
+    def indices_of(self, slots: Tensor, shape: Shape) -> Tensor:
+        """Return the ``indices`` of the units ``slots (groups, k)``: what ``slots`` undoes."""
+        return slots.to(torch.int32).view(self.index_shape(shape, slots.shape[1]))
+
     def slot_values(self, values: Tensor, shape: Shape) -> Tensor:
-        """View ``values`` as ``(groups, k, weights of a unit)``."""
-        groups, size = self.table(shape)[0], math.prod(self.unit(shape))
-        return values.view(groups, -1, size)
+        """Return ``values`` as ``(groups, k, weights of a unit)``, a view where it can be one."""
+        return values.reshape(self.table(shape)[0], -1, self.unit_size(shape))
 
     def slot_scores(self, values: Tensor, shape: Shape) -> Tensor:
         """Score the stored units as ``unit_scores`` does: ``(groups, k)``."""
@@ -204,6 +223,16 @@ class ElementStructure(Structure):
         flat = (rows * shape.in_features + columns).reshape(-1)
         dense = values.new_zeros(shape.numel).scatter(0, flat, values.reshape(-1))
         return dense.view(shape.out_features, shape.in_features)
+
+
+def unit_of(values: Tensor, indices: Tensor) -> Sequence[int]:
+    """Return the axes of the weights behind one index: those of ``values`` after ``indices``.
+
+    Example:
+        >>> unit_of(torch.zeros(4, 2, 16, 8), torch.zeros(4, 2))
+        torch.Size([16, 8])
+    """
+    return values.shape[indices.dim() :]
 
 
 def _shape_of(dense: Tensor) -> Shape:

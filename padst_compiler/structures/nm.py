@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,8 +34,9 @@ class NM(ElementStructure):
     n: int | None = None
 
     @classmethod
-    def of_storage(cls, indices: Tensor, shape: Shape) -> NM:
+    def of_storage(cls, indices: Tensor, shape: Shape, unit: Sequence[int]) -> NM:
         """Read m off the number of groups."""
+        del unit
         return cls(m=shape.in_features // indices.shape[1])
 
     def refusal(self, shape: Shape) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, PORTABLE, block
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
-from padst_compiler.structures import Block, Diagonal, FanIn, Shape
+from padst_compiler.structures import Block, Diagonal, FanIn, Shape, unit_of
 
 SHAPES = [Shape(64, 16), Shape(16, 64), Shape(32, 32), Shape(8, 8)]
 TOKENS = [(), (1,), (5,), (40,), (2, 7)]
@@ -66,14 +66,16 @@ def test_dx_equals_the_product_with_the_transposed_weight(
 def test_dw_equals_the_kept_blocks_of_the_dense_gradient(
     shape: Shape, tokens: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    _, indices, _ = weights(Block(8), shape, dtype)
+    values, indices, _ = weights(Block(8), shape, dtype)
     grad = torch.randn(*tokens, shape.out_features).to(dtype)
     x = torch.randn(*tokens, shape.in_features).to(dtype)
     full = grad.double().reshape(-1, shape.out_features).t() @ x.double().reshape(
         -1, shape.in_features
     )
     for way in block.DW:
-        agree(way.run(grad, x, indices), Block(8).pack(full, indices), dtype)
+        agree(
+            way.run(grad, x, indices, unit_of(values, indices)), Block(8).pack(full, indices), dtype
+        )
 
 
 def test_a_strided_input_is_read_right() -> None:
@@ -135,6 +137,24 @@ def test_other_structures_have_no_cost_here(way: Formulation) -> None:
 @pytest.mark.parametrize("way", ALL, ids=lambda w: w.name)
 def test_nothing_is_promised_where_nothing_was_measured(way: Formulation) -> None:
     assert way.cost(geometry(device="cuda")) is None
+
+
+@pytest.mark.parametrize("way", [*ALL, *block.PORTABLE], ids=lambda w: w.name)
+def test_other_forms_of_blocks_have_no_cost_here(way: Formulation) -> None:
+    assert way.cost(geometry(structure=Block(32, 16), kept=4)) is None
+    assert way.cost(geometry(structure=Block(32, balanced=False), kept=200)) is None
+
+
+@pytest.mark.parametrize("structure", [Block(8, 4), Block(4, 8), Block(8, balanced=False)], ids=str)
+def test_a_formulation_computes_no_wrong_number_for_another_form(structure: Block) -> None:
+    shape = Shape(16, 32)
+    values, indices, weight = weights(structure, shape, torch.float64)
+    x, grad = torch.randn(5, 32, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    for way in block.LINEAR if structure.balanced else block.LINEAR[:1]:
+        agree(way.run(x, values, indices, None, 16), x @ weight.t(), torch.float64)
+    agree(block.scatter_dx(grad, values, indices, 32), grad @ weight, torch.float64)
+    dw = block.block_dw(grad, x, indices, unit_of(values, indices))
+    agree(dw, structure.pack(grad.t() @ x, indices), torch.float64)
 
 
 def test_small_blocks_are_not_offered_to_onnxruntime() -> None:

@@ -17,15 +17,20 @@ from padst_compiler.structures import (
     Shape,
     Structure,
     Unstructured,
+    unit_of,
 )
 
 ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())
+FORMS = (*ALL, Block(8, 4), Block(4, 8, False), Diagonal(band=2), Diagonal(modulus=8))
 SHAPES = [Shape(48, 16), Shape(16, 48), Shape(24, 24)]
 TOKENS = [(), (1,), (9,), (2, 7)]
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Structures = pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
 Shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 Tokens = pytest.mark.parametrize("tokens", TOKENS, ids=str)
+
+
+Forms = pytest.mark.parametrize("structure", FORMS, ids=str)
 
 
 def storage(structure: Structure, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -41,7 +46,7 @@ def agree(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert float((result.double() - expected).abs().max()) <= LIMITS[dtype] * max(scale, 1.0)
 
 
-@Structures
+@Forms
 @Shapes
 @Tokens
 def test_linear_equals_the_product_with_the_effective_weight(
@@ -58,7 +63,7 @@ def test_linear_equals_the_product_with_the_effective_weight(
             agree(linear.run(x, values, indices, b, shape.out_features), expected, dtype)
 
 
-@Structures
+@Forms
 @Shapes
 @Tokens
 def test_dx_equals_the_product_with_the_transposed_weight(
@@ -73,7 +78,7 @@ def test_dx_equals_the_product_with_the_transposed_weight(
         agree(dx.run(grad, values, indices, shape.in_features), expected, dtype)
 
 
-@Structures
+@Forms
 @Shapes
 @Tokens
 def test_dw_equals_the_kept_part_of_the_dense_gradient(
@@ -81,12 +86,12 @@ def test_dw_equals_the_kept_part_of_the_dense_gradient(
 ) -> None:
     _, _, dw = dense(type(structure))
     for dtype in LIMITS:
-        _, indices = storage(structure, shape)
+        values, indices = storage(structure, shape)
         grad = torch.randn(*tokens, shape.out_features).to(dtype)
         x = torch.randn(*tokens, shape.in_features).to(dtype)
         rows, columns = grad.reshape(-1, shape.out_features), x.reshape(-1, shape.in_features)
         expected = structure.pack(rows.double().t() @ columns.double(), indices)
-        agree(dw.run(grad, x, indices), expected, dtype)
+        agree(dw.run(grad, x, indices, unit_of(values, indices)), expected, dtype)
 
 
 # -- costs -----------------------------------------------------------------------------------------

@@ -1,26 +1,16 @@
-"""Growth rules keep every group's number of units, and grow what they promise to grow."""
+"""Dropping and growing at random keeps every group's number of units."""
 
-import time
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from padst_compiler import growth
+from padst_compiler.methods.slots import Regrown, fill, swap_for_random, weakest
 
 
 def random_slots(groups: int, kept: int, candidates: int, generator: torch.Generator) -> Tensor:
     order = torch.rand(groups, candidates, generator=generator).argsort(dim=1)
     return order[:, :kept].to(torch.int32)
-
-
-def offered(slots: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return candidates, gains and active scores from a dense table, as a recorder would."""
-    at = slots.long()
-    gains, candidates = dense.scatter(1, at, -torch.inf).topk(slots.shape[1], dim=1)
-    return candidates.to(torch.int32), gains, dense.gather(1, at)
 
 
 @st.composite
@@ -33,7 +23,7 @@ def tables(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int, torch.Generator]:
     return scores, slots, draw(st.integers(0, slots.numel())), candidates, generator
 
 
-def check_invariants(old: Tensor, new: growth.Regrown, candidates: int) -> None:
+def check_invariants(old: Tensor, new: Regrown, candidates: int) -> None:
     slots, changed = new
     assert slots.shape == old.shape and slots.dtype == old.dtype and changed.dtype == torch.bool
     assert all(len(set(row)) == len(row) for row in slots.tolist())
@@ -45,61 +35,14 @@ def check_invariants(old: Tensor, new: growth.Regrown, candidates: int) -> None:
 
 
 @given(tables())
-def test_rigl_keeps_counts_and_grows_the_largest_gradients(
-    table: tuple[Tensor, Tensor, int, int, torch.Generator],
-) -> None:
-    scores, slots, n_drop, candidates, generator = table
-    dense = torch.rand(slots.shape[0], candidates, generator=generator)
-    new = growth.rigl(scores, slots, n_drop, *offered(slots, dense))
-    check_invariants(slots, new, candidates)
-    dropped = torch.zeros(scores.numel(), dtype=torch.bool)
-    dropped[scores.flatten().argsort(stable=True)[:n_drop]] = True
-    for row, before, out, gradient in zip(
-        new.slots.tolist(), slots.tolist(), dropped.view(slots.shape).tolist(), dense, strict=True
-    ):
-        kept = {unit for unit, gone in zip(before, out, strict=True) if not gone}
-        rest = sorted(set(range(candidates)) - kept, key=lambda u: -float(gradient[u]))
-        assert set(row) == kept | set(rest[: sum(out)])
-
-
-@given(tables())
 def test_set_keeps_counts_and_the_strong_units(
     table: tuple[Tensor, Tensor, int, int, torch.Generator],
 ) -> None:
     scores, slots, n_drop, candidates, generator = table
-    new = growth.set_(scores, slots, n_drop, candidates, generator)
+    new = swap_for_random(scores, slots, n_drop, candidates, generator)
     check_invariants(slots, new, candidates)
     strong = scores.flatten().argsort(stable=True)[n_drop:]
     assert not new.changed.flatten()[strong].any()
-
-
-def test_weak_units_drop_wherever_they_are_in_the_layer() -> None:
-    scores = torch.tensor([[1.0, 1.0], [9.0, 9.0]])
-    slots = torch.tensor([[0, 1], [0, 1]])
-    new = growth.rigl(
-        scores, slots, 2, torch.tensor([[2, 3]] * 2), torch.ones(2, 2), torch.zeros(2, 2)
-    )
-    assert new.changed.tolist() == [[True, True], [False, False]]
-
-
-def test_ties_drop_the_earlier_slot_and_favour_the_unit_that_is_there() -> None:
-    scores, slots = torch.ones(2, 2), torch.tensor([[0, 1], [0, 1]])
-    zero = torch.zeros(2, 2)
-    new = growth.rigl(scores, slots, 1, torch.tensor([[2, 3]] * 2), zero, zero)
-    assert not new.changed.any()
-    new = growth.rigl(scores, slots, 1, torch.tensor([[2, 3]] * 2), zero + 1, zero)
-    assert new.slots.tolist() == [[2, 1], [0, 1]]
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_gradients_that_are_not_finite_choose_nothing(bad: float) -> None:
-    scores, slots = torch.ones(1, 3), torch.tensor([[0, 1, 2]])
-    candidates, gains = torch.tensor([[3, 4, 5]]), torch.full((1, 3), bad)
-    new = growth.rigl(scores, slots, 3, candidates, gains, torch.full((1, 3), bad))
-    assert not new.changed.any() and torch.equal(new.slots, slots)
-    gains[0, 1] = 0.0  # one finite gain, however small, may grow; the others may not
-    new = growth.rigl(scores, slots, 3, candidates, gains, torch.full((1, 3), bad))
-    assert new.changed.sum() == 1 and 4 in new.slots[0].tolist()
 
 
 def test_set_grows_every_position_that_is_not_kept_equally_often() -> None:
@@ -108,7 +51,7 @@ def test_set_grows_every_position_that_is_not_kept_equally_often() -> None:
     scores = torch.tensor([[1.0, 1.0, 9.0], [1.0, 9.0, 9.0]])
     counts, draws = torch.zeros(2, 8), 4000
     for _ in range(draws):
-        new = growth.set_(scores, slots, 3, 8, generator).slots
+        new = swap_for_random(scores, slots, 3, 8, generator).slots
         counts.scatter_add_(1, new, torch.ones(2, 3))
     # Group 0 keeps unit 7 and grows 2 of the other 7; group 1 keeps 2 and 4 and grows 1 of 6.
     chance = torch.full((2, 8), 2 / 7)
@@ -121,21 +64,34 @@ def test_set_grows_every_position_that_is_not_kept_equally_often() -> None:
 def test_set_draws_from_its_own_generator_only() -> None:
     slots, scores = torch.arange(50)[None], torch.rand(1, 50)
     before = torch.get_rng_state()
-    one = growth.set_(scores, slots, 20, 1000, torch.Generator().manual_seed(3))
-    two = growth.set_(scores, slots, 20, 1000, torch.Generator().manual_seed(3))
+    one = swap_for_random(scores, slots, 20, 1000, torch.Generator().manual_seed(3))
+    two = swap_for_random(scores, slots, 20, 1000, torch.Generator().manual_seed(3))
     assert torch.equal(one.slots, two.slots) and torch.equal(before, torch.get_rng_state())
 
 
 def test_set_needs_no_table_over_all_candidates() -> None:
     candidates = 2**40  # a table of bools would be a terabyte
     slots = torch.arange(1000).view(10, 100)
-    start = time.perf_counter()
-    new = growth.set_(torch.rand(10, 100), slots, 300, candidates, torch.Generator().manual_seed(0))
+    new = swap_for_random(
+        torch.rand(10, 100), slots, 300, candidates, torch.Generator().manual_seed(0)
+    )
     check_invariants(slots, new, candidates)
-    assert new.changed.sum() == 300 and time.perf_counter() - start < 5
+    assert new.changed.sum() == 300
 
 
 def test_a_full_group_does_not_change() -> None:
     slots = torch.arange(6).view(1, 6)
-    new = growth.set_(torch.rand(1, 6), slots, 6, 6, torch.Generator().manual_seed(0))
+    new = swap_for_random(torch.rand(1, 6), slots, 6, 6, torch.Generator().manual_seed(0))
     assert not new.changed.any() and torch.equal(new.slots, slots)
+
+
+def test_the_weakest_are_the_lowest_and_a_nan_is_strong() -> None:
+    scores = torch.tensor([[3.0, torch.nan], [1.0, 1.0]])
+    assert weakest(scores, 1).tolist() == [[False, False], [True, False]]
+    assert weakest(scores, 3).tolist() == [[True, False], [True, True]]
+
+
+def test_filling_keeps_the_type_and_the_other_slots() -> None:
+    opened = torch.tensor([[False, True], [True, False]])
+    new = fill(torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), opened, torch.tensor([7, 9]))
+    assert new.slots.tolist() == [[0, 7], [9, 3]] and new.slots.dtype == torch.int32

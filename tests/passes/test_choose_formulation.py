@@ -22,6 +22,7 @@ from padst_compiler.structures import (
     Shape,
     Structure,
     Unstructured,
+    unit_of,
 )
 
 Rewrite = Callable[..., Any]
@@ -67,7 +68,7 @@ def test_the_backward_operators_are_replaced_too(
 ) -> None:
     def run(x: Tensor, grad: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         dx = LINEAR_DX[structure.name](grad, values, indices, I)
-        return dx, LINEAR_DW[structure.name](grad, x, indices)
+        return dx, LINEAR_DW[structure.name](grad, x, indices, unit_of(values, indices))
 
     given = stored(structure)
     choose = ChooseFormulation(CANDIDATES, prefer=prefer)

@@ -92,3 +92,92 @@ def test_dx_adds_what_several_blocks_of_a_column_give() -> None:
     values = torch.ones(2, 1, 2, 2)
     dx = structure.linear_dx(torch.ones(1, 4), values, indices, in_features=6)
     assert dx.tolist() == [[0.0, 0.0, 4.0, 4.0, 0.0, 0.0]]
+
+
+def test_rectangular_blocks_have_rows_of_outputs_and_columns_of_inputs() -> None:
+    structure, shape = Block(2, 4), Shape(4, 8)
+    dense = torch.arange(32.0).view(4, 8)
+    indices = torch.tensor([[1], [0]], dtype=torch.int32)
+    values = structure.pack(dense, indices)
+    assert values.shape == (2, 1, 4, 2)  # inputs before outputs
+    assert torch.equal(values[0, 0], dense[:2, 4:].t())
+    assert torch.equal(values[1, 0], dense[2:, :4].t())
+    assert (structure.table(shape), structure.unit(shape)) == ((2, 2), (4, 2))
+
+
+def test_free_blocks_go_where_the_weight_is_largest() -> None:
+    structure, dense = Block(4, balanced=False), torch.randn(16, 24)
+    dense[:4] *= 100.0
+    kept = structure.kept(Shape(16, 24), 0.75)
+    assert kept == 6  # of 4 x 6 blocks: the first row of blocks has them all
+    assert structure.select(dense, kept).tolist() == [[0, 1, 2, 3, 4, 5]]
+    mask = structure.mask(structure.select(dense, kept), Shape(16, 24))
+    assert mask[:4].all() and not mask[4:].any()
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("columns", [None, 8, 128])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_sparsity_reached_is_that_of_the_mask(
+    size: int, columns: int | None, balanced: bool
+) -> None:
+    structure, shape = Block(size, columns, balanced), Shape(256, 384)
+    for sparsity in (0.5, 0.8, 0.9, 0.95):
+        kept = structure.kept(shape, sparsity)
+        mask = structure.mask(structure.select(torch.randn(256, 384), kept), shape)
+        reached = structure.actual_sparsity(shape, kept)
+        assert reached == pytest.approx(1.0 - mask.double().mean().item(), abs=1e-12)
+        groups, candidates = structure.table(shape)
+        one = 1.0 / candidates  # what one more unit in each group changes
+        assert abs(reached - sparsity) <= one / 2 + 1e-9 or kept == 1
+        assert groups == (1 if not balanced else 256 // size)
+
+
+def test_equal_blocks_are_equal_however_they_are_written() -> None:
+    assert Block(16, 16) == Block(16) and hash(Block(16, 16)) == hash(Block(16))
+    assert Block(16, 8) != Block(16) and Block(16, balanced=False) != Block(16)
+    assert repr(Block(16, 8, False)) == "Block(size=16, columns=8, balanced=False)"
+
+
+@pytest.mark.parametrize("structure", [Block(1, 4), Block(4, 1), Block(0, 4), Block(4, 3)], ids=str)
+def test_the_sides_of_rectangular_blocks(structure: Block) -> None:
+    refusal = structure.refusal(Shape(8, 8))
+    said = {1: None, 0: "at least 1. Got 0:4", 4: None}[structure.size]
+    said = "block size 4:3. Got 8x8. Use size 8 or 4" if structure.columns == 3 else said
+    assert (refusal is None) == (said is None) and (said or "") in (refusal or "")
+    vacuous = {(1, 4): {"output"}, (4, 1): {"input"}}.get(structure.sides, set())
+    assert structure.vacuous_sides == vacuous
+
+
+def test_random_structures_multiply_as_their_dense_weight_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for _ in range(200):
+        structure = Block(draw(1, 5), draw(1, 5), bool(draw(0, 2)))
+        shape = Shape(structure.sides[0] * draw(1, 5), structure.sides[1] * draw(1, 5))
+        scores = torch.rand(structure.table(shape), generator=generator)
+        slots = scores.topk(draw(1, scores.shape[1] + 1), dim=1).indices
+        indices = structure.indices_of(slots, shape)
+        values = torch.randn(*indices.shape, *structure.unit(shape), dtype=torch.float64)
+        weight = torch.zeros(shape.out_features, shape.in_features, dtype=torch.float64)
+        for group, units in enumerate(slots.tolist()):
+            for at, unit in enumerate(units):
+                row, column = (
+                    (group, unit)
+                    if structure.balanced
+                    else divmod(unit, shape.in_features // structure.sides[1])
+                )
+                (r, c), block = structure.sides, values[group, at].t()
+                weight[row * r : row * r + r, column * c : column * c + c] = block
+        x = torch.randn(draw(0, 4), shape.in_features, dtype=torch.float64)
+        y = structure.linear(x, values, indices, shape.out_features)
+        torch.testing.assert_close(y, x @ weight.t())
+        grad = torch.randn_like(y)
+        dx = structure.linear_dx(grad, values, indices, shape.in_features)
+        torch.testing.assert_close(dx, grad @ weight)
+        dw = structure.linear_dw(grad, x, indices)
+        torch.testing.assert_close(dw, structure.pack(grad.t() @ x, indices))
+        assert torch.equal(structure.pack(weight, indices), values)

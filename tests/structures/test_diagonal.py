@@ -88,3 +88,72 @@ def test_a_multiplication_on_both_sides_preserves_the_family_but_no_side_offers_
         assert torch.equal(mask[stride][:, stride], masks[moved[0], moved[1]])
     assert Diagonal().absorbs_columns(IndexMap.of(stride), shape) is (factor == 1)
     assert Diagonal().absorbs_rows(IndexMap.of(stride), shape) is (factor == 1)
+
+
+def test_a_band_is_adjacent_offsets_and_a_class_is_every_gth() -> None:
+    shape = Shape(12, 8)
+    slots = torch.tensor([[2, 0]])
+    assert Diagonal(band=3).indices_of(slots, shape).tolist() == [[6, 7, 8, 0, 1, 2]]
+    assert Diagonal(modulus=4).indices_of(slots, shape).tolist() == [[2, 6, 10, 0, 4, 8]]
+    assert Diagonal(band=3).table(shape) == (1, 4)
+    assert Diagonal(modulus=4).table(shape) == (1, 4)
+    assert Diagonal(band=3).actual_sparsity(shape, 2) == pytest.approx(0.5)
+    assert Diagonal(modulus=4).actual_sparsity(shape, 1) == pytest.approx(0.75)
+    assert repr(Diagonal(modulus=4)) == "Diagonal(modulus=4)"
+
+
+@pytest.mark.parametrize(
+    ("structure", "shape", "said"),
+    [
+        (Diagonal(band=5), Shape(12, 8), "larger side divisible by the band 5. Got 12x8"),
+        (Diagonal(band=2, modulus=2), Shape(8, 8), "Expected band or modulus. Got both, 2 and 2"),
+        (Diagonal(modulus=8), Shape(16, 12), "divisible by the modulus 8. Got 16x12"),
+        (Diagonal(band=0), Shape(8, 8), "at least 1. Got Diagonal(band=0)"),
+        (Diagonal(modulus=-2), Shape(8, 8), "at least 1. Got Diagonal(modulus=-2)"),
+    ],
+    ids=str,
+)
+def test_what_does_not_tile_is_refused(structure: Diagonal, shape: Shape, said: str) -> None:
+    refusal = structure.refusal(shape)
+    assert refusal is not None and said in refusal
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(12, 12), Shape(12, 24), Shape(24, 12), Shape(6, 12)], ids=str
+)
+@pytest.mark.parametrize("modulus", [2, 3, 6])
+def test_residue_classes_are_dense_blocks_in_the_order_of_residues(
+    shape: Shape, modulus: int
+) -> None:
+    structure = Diagonal(modulus=modulus)
+    rows, columns = structure.residue_orders(shape)
+    for kept in range(1, modulus + 1):
+        dense = torch.randn(shape.out_features, shape.in_features)
+        indices = structure.select(dense, kept)
+        values = structure.pack(dense, indices)
+        weight = structure.unpack(values, indices, shape)
+        ordered = weight[rows.perm][:, columns.perm]
+        high, wide = shape.out_features // modulus, shape.in_features // modulus
+        tiles = ordered.view(modulus, high, modulus, wide).transpose(1, 2) != 0
+        full, some = tiles.all(dim=(2, 3)), tiles.any(dim=(2, 3))
+        assert torch.equal(full, some)  # a block is dense or empty
+        assert (full.sum(dim=0) == kept).all() and (full.sum(dim=1) == kept).all()
+        block, packed, places = structure.as_blocks(values, indices, shape)
+        assert block.refusal(shape) is None and block.sides == (high, wide)
+        assert torch.equal(block.unpack(packed, places, shape), ordered)
+        assert packed.numel() == values.numel()
+
+
+@pytest.mark.parametrize("shape", [Shape(24, 24), Shape(24, 12), Shape(12, 24)], ids=str)
+@pytest.mark.parametrize("structure", [Diagonal(band=4), Diagonal(modulus=4)], ids=str)
+def test_whole_units_are_kept_and_their_scores_are_norms(structure: Diagonal, shape: Shape) -> None:
+    for _ in range(20):
+        dense = torch.randn(shape.out_features, shape.in_features, dtype=torch.float64)
+        scores = structure.unit_scores(dense)[0]
+        for unit in range(scores.numel()):
+            one = structure.indices_of(torch.tensor([[unit]]), shape)
+            norm = dense[structure.mask(one, shape)].norm()
+            torch.testing.assert_close(scores[unit].double(), norm, rtol=1e-5, atol=1e-6)
+        indices = structure.select(dense, 2)
+        best = scores.topk(2).indices.sort().values
+        assert structure.slots(indices, shape).tolist() == [best.tolist()]
