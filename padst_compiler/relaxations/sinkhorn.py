@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,8 @@ class SinkhornPermutation(SoftPermutation):
         temperature: of the logits.
         iterations: Sinkhorn steps. With 5, columns ran to sums of 0.5 and 1.9 in planted problems.
         noise: deviation of the start's logits over temperature.
+        peak: share of every row and column that the start gives to one entry, those of a random
+            permutation; 0 for none.
         device: of the logits.
 
     Example:
@@ -69,12 +72,19 @@ class SinkhornPermutation(SoftPermutation):
         temperature: float = 0.1,
         iterations: int = 10,
         noise: float = 1.0,
+        peak: float = 0.0,
         device: torch.device | None = None,
     ) -> None:
         """Start near uniform: logits over temperature are normal with deviation ``noise``."""
         super().__init__()
+        if not 0.0 <= peak < 1.0:
+            raise ValueError(f"Expected 0 <= peak < 1. Got {peak}. Use 0.4, or 0 for near uniform.")
         self.size, self.iterations = size, iterations
         start = torch.randn(size, size, generator=generator) * (noise * temperature)
+        if peak > 0.0 and size > 1:
+            others = (size - 1) * math.exp(noise**2 / 2.0)  # their exponentials, summed
+            chosen = torch.randperm(size, generator=generator)
+            start[torch.arange(size), chosen] = temperature * math.log(others * peak / (1.0 - peak))
         self.logits = nn.Parameter(start.to(device))
         self.register_buffer("temperature", torch.tensor(float(temperature), device=device))
 

@@ -6,12 +6,19 @@ import torch
 
 from padst_compiler.permutation import SoftPermutation
 from padst_compiler.relaxations import RELAXATIONS
+from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.text import suggest
 
 __all__ = ["FIXED", "FULL_LIMIT", "is_learned", "make", "parse", "read_back", "resolve"]
 
 FULL_LIMIT = 2048
 """Widest side whose "learned" permutation has full logits; wider ones have low rank."""
+
+PEAK = 0.4
+"""Share that a full "learned" permutation gives to one entry of each row at its start, a random
+permutation's. A start near uniform averages its inputs: activations nearly vanish until it has
+settled. Planted permutations are found from here too (3 of 3, 64 features), and in an MLP of three
+layers at 95 % they hardened after 36 % instead of 69-76 % of the training (2 seeds)."""
 
 FIXED = ("none", "random", "magnitude")
 """Permutations that are not learned."""
@@ -90,7 +97,9 @@ def make(
         torch.Size([36, 36])
     """
     kind, option = resolve(text, size)
-    chosen = {} if option is None else {kind.option: option}
+    chosen: dict[str, float] = {} if option is None else {kind.option: option}
+    if text == "learned" and kind is SinkhornPermutation:
+        chosen["peak"] = PEAK
     return kind(size, generator, device=device, **chosen)
 
 

@@ -39,3 +39,21 @@ def test_balanced_logits_of_a_batch() -> None:
     even = balanced(log, tolerance=1e-4, limit=2000).exp()
     torch.testing.assert_close(even.sum(dim=-2), torch.ones(3, 5), rtol=0, atol=1e-3)
     torch.testing.assert_close(even.sum(dim=-1), torch.ones(3, 5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("peak", [0.2, 0.4, 0.7])
+def test_a_peaked_start_lies_near_a_random_permutation(size: int, peak: float) -> None:
+    soft = SinkhornPermutation(size, torch.Generator().manual_seed(1), peak=peak)
+    matrix = soft.soft().detach()
+    strongest, perm = matrix.max(dim=1)
+    assert abs(float(strongest.mean()) - peak) < 0.15
+    if peak == 0.7:  # all entries stand out of the noise
+        assert torch.equal(perm.sort().values, torch.arange(size))
+        assert float((perm == torch.arange(size)).float().mean()) < 0.3  # not the identity
+
+
+@pytest.mark.parametrize("peak", [-0.1, 1.0])
+def test_a_peak_that_is_no_share_is_refused(peak: float) -> None:
+    with pytest.raises(ValueError, match=r"Expected 0 <= peak < 1\. Got"):
+        SinkhornPermutation(8, torch.Generator(), peak=peak)
