@@ -10,7 +10,7 @@ from padst_compiler.layers import sparse_layers
 from padst_compiler.structures import Block, Diagonal, Structure
 
 STRUCTURES: list[Structure | str] = ["block:4", "nm:8", "diagonal", "fan_in", "unstructured"]
-STRUCTURES += [Diagonal(band=4), Diagonal(modulus=4), Block(4, 8, balanced=False)]
+STRUCTURES += [Diagonal(band=4), Diagonal(modulus=8), Block(4, 8, balanced=False)]
 
 
 def net(structure: Structure | str) -> nn.Sequential:
@@ -37,7 +37,7 @@ def test_the_rate_counts_what_was_ever_active(structure: Structure | str, method
     model = net(structure)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     training = padst.DynamicSparsity(
-        model, optimizer, method, total_steps=40, update_every=3, drop_fraction=0.8
+        model, optimizer, method, total_steps=60, update_every=3, drop_fraction=0.9
     )
     explored = Exploration(model, optimizer)
     union = active(model)

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import padst_compiler as padst
 from padst_compiler.layers import sparse_layers
+from padst_compiler.methods import SRigL
 
 
 def net(structure: str = "nm:8", permutation: str = "learned", seed: int = 0) -> nn.Sequential:
@@ -72,8 +73,11 @@ def test_an_optimiser_that_nobody_knows_forgets_what_changed() -> None:
     assert training.step_count == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("structure", ["block:8", "nm:8", "diagonal", "fan_in"])
-def test_autocast_with_a_scaler_trains_and_skipped_steps_do_not_count(structure: str) -> None:
+def test_autocast_with_a_scaler_trains_and_skipped_steps_do_not_count(
+    structure: str, dtype: torch.dtype
+) -> None:
     model = net(structure, "learned" if structure != "fan_in" else "none")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     training = padst.DynamicSparsity(model, optimizer, total_steps=60, update_every=4)
@@ -81,7 +85,7 @@ def test_autocast_with_a_scaler_trains_and_skipped_steps_do_not_count(structure:
     losses, skipped = [], 0
     for step in range(40):
         x, y = batch(step % 5)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             loss = (model(x).float() - y).square().mean()
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
@@ -187,3 +191,42 @@ def test_a_compiled_step_recompiles_at_hardenings_only() -> None:
     updates = {event["step"] for event in training.history if event["churn"] > 0}
     assert len(updates) > 20 and hardened
     assert compiled_at == [0, *hardened]  # the step after the one that hardened
+
+
+def test_a_compiled_step_recompiles_at_most_once_for_each_ablation() -> None:
+    torch._dynamo.reset()
+    model = net("fan_in", "none")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    method = SRigL(gamma_sal=0.95)
+    training = padst.DynamicSparsity(model, optimizer, method, total_steps=120, update_every=4)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(model, backend=counter)
+    rows, ablations = [0, 0], 0
+    for step in range(120):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (call(x) - y).square().mean().backward()
+        optimizer.step()
+        now = [layer.ablated for layer in sparse_layers(model).values()]
+        ablations, rows = ablations + (now != rows), now
+    updates = len({event["step"] for event in training.history if event["churn"] > 0})
+    assert updates > 15 and ablations > 0
+    assert counter.frame_count <= 1 + ablations
+
+
+def test_a_third_party_optimiser_forgets_what_changed() -> None:
+    lion = pytest.importorskip("lion_pytorch")
+    model = net("fan_in", "none")
+    optimizer = lion.Lion(model.parameters(), lr=0.003)
+    padst.DynamicSparsity(model, optimizer, total_steps=40, update_every=4)
+    layer = sparse_layers(model)["0"]
+    for step in range(4):
+        x, y = batch(step)
+        before = layer.indices.clone()
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    changed = layer.indices != before
+    average = optimizer.state[layer.values]["exp_avg"]
+    assert bool(changed.any()) and float(average[changed].abs().max()) == 0.0
+    assert bool((average[~changed] != 0).any())

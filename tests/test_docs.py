@@ -1,0 +1,35 @@
+"""The pages of docs/: tables that list what there is. (test_training_page.py runs the code.)"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import padst_compiler as padst
+from padst_compiler.relaxations import RELAXATIONS
+from padst_compiler.structures import STRUCTURES
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text("utf-8")
+
+
+def rows(title: str) -> dict[str, tuple[str, str]]:
+    """Return the default and the meaning of every option in a section's table."""
+    found = re.search(rf"^## {re.escape(title)}$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, title
+    cells = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", found[1], re.MULTILINE)
+    return {name: (default, meaning) for name, default, meaning in cells}
+
+
+def test_every_option_of_the_config_is_listed_with_its_default() -> None:
+    listed = {name: default for name, (default, _) in rows("Options of `SparseConfig`").items()}
+    fields = dataclasses.fields(padst.SparseConfig)
+    assert listed == {f.name: f"`{f.default!r}`".replace("'", '"') for f in fields}
+
+
+def test_every_structure_and_permutation_is_named() -> None:
+    table = rows("Options of `SparseConfig`")
+    for option, kinds in (("structure", STRUCTURES), ("permutation", RELAXATIONS)):
+        text = " ".join(table[option])
+        missing = [kind.name for kind in kinds if not re.search(rf"\b{kind.name}\b", text)]
+        assert not missing, option
