@@ -1,11 +1,12 @@
 """The sparse form of a k x k convolution: its weight, made anew from the stored numbers.
 
 The structure acts on ``(o, i * kh * kw)``, the order in which a dense convolution's weight lies.
-The weight is unpacked in each forward and torch convolves with it: that beats gathering patches
-(k^2 times the activations), keeps every option of ``nn.Conv2d``, and leaves a gradient for the
-stored numbers only. While a recorder is armed, the gradient of the unpacked weight is the dense
-gradient that it wants, so no patch is gathered for it either. Compute is that of a dense
-convolution, except for ablated neurons, which leave it.
+The weight is unpacked in each forward and torch convolves with it. A step took as long as a dense
+one, and gathering patches (k^2 times the activations) for a sparse product 1.7 to 5.7 times as long
+(64 to 256 channels, 90 %, one CPU core). Every option of ``nn.Conv2d`` stays, and only the stored
+numbers have a gradient. While a recorder is armed, the gradient of the unpacked weight is the dense
+gradient that it wants. Compute is that of a dense convolution, except for ablated neurons, which
+leave it.
 """
 
 from __future__ import annotations

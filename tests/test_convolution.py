@@ -14,6 +14,7 @@ import padst_compiler as padst
 from padst_compiler.convolution import SparseConv2d
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import sparse_layers
+from padst_compiler.methods import SRigL
 from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.recorder import Recorder
 from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
@@ -371,3 +372,25 @@ def test_erk_counts_the_axes_of_the_kernel() -> None:
             assert site.decision == "dense" and "erk leaves it dense" in site.reason
         else:
             assert site.sparsity == pytest.approx(1 - eps * sum(dims[at]) / sizes[at])
+
+
+def test_srigl_ablates_channels_and_they_leave_the_convolution() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    config = padst.SparseConfig("fan_in", 0.9, permutation="none")
+    padst.sparsify(net, {"1": config, "3": config})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    method = SRigL(gamma_sal=0.9)
+    training = padst.DynamicSparsity(net, optimizer, method, total_steps=24, update_every=4)
+    x = torch.randn(4, 3, 9, 9)
+    for _ in range(24):
+        (net(x).square().mean() + training.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    first, last = sparse_layers(net).values()
+    assert first.ablated > 0 and last.ablated == 0
+    assert isinstance(first, SparseConv2d) and first.rows is not None
+    y, wanted = first(net[0](x)), F.conv2d(net[0](x), first.weight, first.bias)
+    torch.testing.assert_close(y, wanted)
+    active = torch.zeros(16, dtype=torch.bool).index_fill(0, first.rows, True)
+    assert not bool(first.weight[~active].any())
+    assert bool((first.mask().sum(1)[active] == first.kept).all())
