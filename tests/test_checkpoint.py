@@ -371,9 +371,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(
     same(load(Net(), path), model)
 
 
-def test_a_new_file_has_usual_rights_and_replaces_what_a_link_points_to(
-    tmp_path: Path, path: Path
-) -> None:
+def test_a_file_has_usual_rights_and_may_stand_behind_a_link(tmp_path: Path, path: Path) -> None:
     save(Net(), path)
     (tmp_path / "plain").write_text("")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
