@@ -27,8 +27,18 @@ from padst_compiler.relaxations.sinkhorn import SinkhornPermutation
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 WIDTH = 16
-STRUCTURES: list[Structure] = [Block(4), Block(4, 2), Block(4, balanced=False), NM(8), FanIn()]
-STRUCTURES += [NM(4, 2), Diagonal(), Diagonal(band=2), Diagonal(modulus=4), Unstructured()]
+STRUCTURES: list[Structure] = [
+    Block(4),
+    Block(4, 2),
+    Block(4, balanced=False),
+    NM(m=4, n=2),
+    NM(8),
+    Diagonal(),
+    Diagonal(band=2),
+    Diagonal(modulus=4),
+    FanIn(),
+    Unstructured(),
+]
 Structures = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 Change = Callable[[dict[str, Any]], object]  # of a header
 States = pytest.mark.parametrize("state", ["none", "fixed", "soft"])
@@ -361,25 +371,16 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(
     same(load(Net(), path), model)
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"Expected a folder\. Got no .*gone.*Create it"):
-        save(Net(), tmp_path / "gone" / "model.safetensors")
-
-
-def test_a_new_file_replaces_what_a_link_points_to(tmp_path: Path, path: Path) -> None:
+def test_a_file_has_usual_rights_and_may_stand_behind_a_link(tmp_path: Path, path: Path) -> None:
     save(Net(), path)
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     link = tmp_path / "last.safetensors"
     link.symlink_to(path.name)
     model = sparse_net()
     save(model, link)
     assert link.is_symlink()
     same(load(Net(), path), model)
-
-
-def test_a_file_has_the_rights_that_files_have_here(path: Path, tmp_path: Path) -> None:
-    save(Net(), path)
-    (tmp_path / "plain").write_text("")
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # -- a file that cannot be loaded ------------------------------------------------------------------
@@ -428,8 +429,10 @@ def test_a_foreign_or_broken_file(how: str, said: str, into: str, path: Path) ->
     assert said in str(error.value) and str(path) in str(error.value)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_or_folder(tmp_path: Path) -> None:
     target = Net()
+    with pytest.raises(FileNotFoundError, match=r"Expected a folder\. Got no .*gone.*Create it"):
+        save(target, tmp_path / "gone" / "model.safetensors")
     for path in (tmp_path / "gone", tmp_path):
         with untouched(target), pytest.raises(FileNotFoundError, match=r"Expected a file\. Got"):
             load(target, path)
