@@ -42,8 +42,7 @@ class Recorder(nn.Module):
     The buffers are not saved with the model; ``DynamicSparsity.state_dict`` holds them when needed.
 
     Example:
-        >>> from padst_compiler.structure_text import describe
-    from padst_compiler.layers import SparseLinear
+        >>> from padst_compiler.layers import SparseLinear
         >>> from padst_compiler.structures import FanIn
         >>> start = torch.tensor([[0], [1]], dtype=torch.int32)
         >>> layer = SparseLinear.adopt(nn.Linear(3, 2), FanIn(), start, None, "input")
