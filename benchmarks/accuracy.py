@@ -19,7 +19,7 @@ import statistics
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +34,7 @@ from benchmarks.grids import GRIDS, Case
 from benchmarks.nets import build, sparse_names
 from padst_compiler.config import SparseConfig
 from padst_compiler.mixer import Images, load_images
+from padst_compiler.permutation import FixedPermutation
 from padst_compiler.text import table
 
 BATCH = 256
@@ -53,8 +54,21 @@ def load(data: Path) -> Images:
 def train(case: Case, data: Path) -> dict[str, Any]:
     """Train one case; return its row."""
     torch.set_num_threads(1)
+    found = None
+    if case.permutation == "found":
+        _, found = train_model(replace(case, permutation="learned"), data)
+    return train_model(case, data, found)[0]
+
+
+def train_model(
+    case: Case, data: Path, fixed: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train once, with the permutations ``fixed`` if given; return the row and the last ones."""
     images = load(data)
-    x, y = images.train_x[: case.images], images.train_y[: case.images]
+    x, y, test_x = images.train_x[: case.images], images.train_y[: case.images], images.test_x
+    if case.shuffled:
+        order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(case.seed))
+        x, test_x = (part.flatten(1)[:, order].view_as(part) for part in (x, test_x))
     model = build(case.network, tuple(x.shape[1:]), int(y.max()) + 1, case.seed)
     start = time.process_time()
     sparse = case.structure != "dense"
@@ -62,19 +76,23 @@ def train(case: Case, data: Path) -> dict[str, Any]:
         config = SparseConfig(
             case.structure,
             sparsity=case.sparsity,
-            permutation=case.permutation,
+            permutation="random" if fixed else case.permutation,
+            side=case.side,
             seed=case.seed,
             force_permutation=case.permutation == "learned",
         )
         padst.sparsify(model, dict.fromkeys(sparse_names(model), config))
+    first = orders(model)
+    for name, order in (fixed or {}).items():
+        first[name].copy_(order)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     per_epoch = len(x) // BATCH
     steps = case.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     training = controller(case, model, optimizer, steps) if sparse else None
-    order = torch.Generator().manual_seed(case.seed)
+    draws = torch.Generator().manual_seed(case.seed)
     for _ in range(case.epochs):
-        for rows in torch.randperm(len(x), generator=order).split(BATCH)[:per_epoch]:
+        for rows in torch.randperm(len(x), generator=draws).split(BATCH)[:per_epoch]:
             loss = F.cross_entropy(model(x[rows]), y[rows])
             if training is not None:
                 loss = loss + training.penalty()
@@ -90,14 +108,29 @@ def train(case: Case, data: Path) -> dict[str, Any]:
     hardened = [event["step"] / steps for event in history if event["hardened"]]
     layers = padst.report(model).layers.values() if sparse else ()
     moved = [e.distance_modulo for e in layers if e.distance_modulo is not None]
-    return asdict(case) | {
-        "accuracy": round(accuracy(model, images.test_x, images.test_y), 2),
+    last = orders(model)
+    kept = [float((first[name] == order).double().mean()) for name, order in last.items()]
+    row = asdict(case) | {
+        "accuracy": round(accuracy(model, test_x, images.test_y), 2),
         "hardened_at": round(statistics.mean(hardened), 3) if hardened else "",
         "left_soft": soft,
-        "moved": round(statistics.mean(moved), 3) if moved else "",
+        "moved": round(statistics.mean(moved), 3) if moved else "",  # from all that is absorbed
+        "kept": round(statistics.mean(kept), 3) if kept else "",  # of where it started
         "ablated": sum(e.ablated for e in layers),
         "cpu_seconds": round(time.process_time() - start, 1),
     }
+    return row, last
+
+
+def orders(model: nn.Module) -> dict[str, Tensor]:
+    """Return every layer's permutation; of a soft one, the nearest."""
+    found = {}
+    for name, layer in padst.sparse_layers(model).items():
+        if (soft := layer.soft_permutation) is not None:
+            found[name] = soft.harden().perm
+        elif isinstance(layer.permutation, FixedPermutation):
+            found[name] = layer.permutation.perm
+    return found
 
 
 def controller(
@@ -158,7 +191,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-COLUMNS = ("network", "sparsity", "structure", "method", "penalty", "permutation")
+COLUMNS = (
+    *("network", "epochs", "shuffled", "sparsity"),
+    *("structure", "method", "penalty", "side", "permutation"),
+)
 
 
 def summary(rows: list[dict[str, str]]) -> str:
@@ -171,9 +207,9 @@ def summary(rows: list[dict[str, str]]) -> str:
         hardened[key] += [float(row["hardened_at"])] if row["hardened_at"] else []
     lines = []
     for key, found in sorted(scores.items()):
-        network, sparsity, _, _, penalty, permutation = key
-        plain = scores.get((*key[:5], "none"))
-        rigl = scores.get((network, sparsity, "unstructured", "rigl", penalty, "none"))
+        permutation = key[-1]
+        plain = scores.get((*key[:-2], "auto", "none"))
+        rigl = scores.get((*key[:4], "unstructured", "rigl", key[6], "auto", "none"))
         closed = ""
         if permutation != "none" and plain and rigl:
             gap = statistics.mean(rigl) - statistics.mean(plain)

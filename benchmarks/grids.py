@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["GRIDS", "Case"]
 
@@ -24,6 +25,17 @@ class Case:
     epochs: int = 5
     images: int = 60_000
     seed: int = 0
+    side: str = "auto"
+    shuffled: bool = False  # the pixels of all images in one random order
+
+
+def of_each(
+    network: str, structures: tuple[str, ...], sparsity: float, **options: Any
+) -> Iterator[Case]:
+    """Yield every structure with every permutation."""
+    for structure in structures:
+        for permutation in PERMUTATIONS:
+            yield Case(network, structure, permutation, sparsity=sparsity, **options)
 
 
 def mlp(seed: int) -> Iterator[Case]:
@@ -54,6 +66,36 @@ def depth(seed: int) -> Iterator[Case]:
                     yield Case(network, structure, permutation, method, 0.95, epochs=3, seed=seed)
 
 
+def sizes(seed: int) -> Iterator[Case]:
+    """Blocks of 4 to 64 and groups of 8 to 32 in six layers."""
+    structures = ("block:4", "block:8", "block:16", "block:32", "block:64", "nm:32", "diagonal")
+    yield Case("mlp:6x256", "unstructured", sparsity=0.95, epochs=3, seed=seed)
+    yield from of_each("mlp:6x256", structures, 0.95, epochs=3, seed=seed)
+
+
+def shuffled(seed: int) -> Iterator[Case]:
+    """Pixels in one random order: what neighbouring inputs have in common is gone."""
+    for network in ("mlp:3x256", "mlp:10x256"):
+        for order in (False, True):
+            yield from of_each(network, ("block:16",), 0.95, epochs=3, seed=seed, shuffled=order)
+
+
+def why(seed: int) -> Iterator[Case]:
+    """Is it what was learned, or that it was learned: train again with what was found, fixed."""
+    for network, epochs in (("mlp:3x256", 3), ("mlp:3x256", 12), ("mlp:10x256", 3)):
+        for permutation in (*PERMUTATIONS, "found"):
+            yield Case(network, "block:16", permutation, sparsity=0.95, epochs=epochs, seed=seed)
+
+
+def side(seed: int) -> Iterator[Case]:
+    """Permuting inputs against permuting outputs."""
+    for where in ("input", "output"):
+        for permutation in ("random", "learned"):
+            yield Case(
+                "mlp:6x256", "block:16", permutation, sparsity=0.95, epochs=3, seed=seed, side=where
+            )
+
+
 def strength(seed: int) -> Iterator[Case]:
     """The penalty's weight, from none to ten times the default."""
     for penalty in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
@@ -67,6 +109,14 @@ def mixer(seed: int) -> Iterator[Case]:
     for structure in ("block:16", "nm:16", "diagonal"):
         for permutation in PERMUTATIONS:
             yield Case("mixer:3x96", structure, permutation, "rigl", 0.9, images=10_000, seed=seed)
+
+
+def attention(seed: int) -> Iterator[Case]:
+    """A small vision transformer, all its linears sparse."""
+    options: dict[str, Any] = {"epochs": 4, "images": 10_000, "seed": seed}
+    yield Case("vit:3x96", **options)
+    yield Case("vit:3x96", "unstructured", sparsity=0.9, **options)
+    yield from of_each("vit:3x96", ("block:16", "diagonal"), 0.9, **options)
 
 
 def resnet(seed: int) -> Iterator[Case]:
@@ -83,7 +133,12 @@ def resnet(seed: int) -> Iterator[Case]:
 GRIDS: dict[str, Callable[[int], Iterator[Case]]] = {
     "mlp": mlp,
     "depth": depth,
+    "sizes": sizes,
+    "shuffled": shuffled,
+    "why": why,
+    "side": side,
     "strength": strength,
     "mixer": mixer,
+    "attention": attention,
     "resnet": resnet,
 }

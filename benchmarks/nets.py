@@ -1,4 +1,4 @@
-"""The networks of the accuracy benchmark: an MLP, a small MLP-Mixer and a thin ResNet-18."""
+"""The networks of the accuracy benchmark, all small: MLP, Mixer, transformer, ResNet-18."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Modu
     """Return a network by name, seeded, with the global generator left alone.
 
     Args:
-        name: "mlp:DEPTHxWIDTH", "mixer:DEPTHxWIDTH" or "resnet:WIDTH".
+        name: "mlp:DEPTHxWIDTH", "mixer:DEPTHxWIDTH", "vit:DEPTHxWIDTH" or "resnet:WIDTH".
         image: ``(side, side)`` or ``(channels, side, side)``.
         classes: outputs.
         seed: of the weights.
@@ -30,6 +30,8 @@ def build(name: str, image: tuple[int, ...], classes: int, seed: int) -> nn.Modu
             return mlp(sizes[0], sizes[1], torch.Size(image).numel(), classes)
         if kind == "mixer":
             return ColourMixer(sizes[0], sizes[1], image, classes)
+        if kind == "vit":
+            return VisionTransformer(sizes[0], sizes[1], image, classes)
         return ResNet18(sizes[0], image[0], classes)
 
 
@@ -40,6 +42,8 @@ def sparse_names(model: nn.Module) -> list[str]:
         return found[:-1]
     if isinstance(model, ColourMixer):
         return [name for name in found if ".channels." in name or ".tokens." in name]
+    if isinstance(model, VisionTransformer):
+        return [name for name in found if name.startswith("blocks.")]
     return [name for name in found[1:-1] if ".short" not in name]
 
 
@@ -68,6 +72,43 @@ class ColourMixer(nn.Module):
         for block in self.blocks:
             x = block(x)
         result: Tensor = self.head(self.norm(x).mean(dim=1))
+        return result
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return result
+
+
+class VisionTransformer(nn.Module):
+    """A ViT (arXiv 2010.11929) with patches of 4 pixels, heads of 32 and mean pooling."""
+
+    def __init__(self, depth: int, width: int, image: tuple[int, ...], classes: int) -> None:
+        """Build the layers."""
+        super().__init__()
+        channels, side = (1, image[0]) if len(image) == 2 else (image[0], image[1])
+        self.embed = nn.Conv2d(channels, width, 4, 4)
+        self.place = nn.Parameter(torch.randn((side // 4) ** 2, width) * 0.02)
+        self.blocks = nn.Sequential(*(_Attention(width, width // 32) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify ``(n, side, side)`` or ``(n, channels, side, side)``."""
+        x = x if x.dim() == 4 else x.unsqueeze(1)
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.place
+        result: Tensor = self.head(self.norm(self.blocks(x)).mean(dim=1))
         return result
 
 
