@@ -56,7 +56,7 @@ def train(case: Case, data: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     found = None
     if case.permutation == "found":
-        _, found = train_model(replace(case, permutation="learned"), data)
+        _, found = train_model(replace(case, permutation="sinkhorn"), data)
     return train_model(case, data, found)[0]
 
 
@@ -79,7 +79,7 @@ def train_model(
             permutation="random" if fixed else case.permutation,
             side=case.side,
             seed=case.seed,
-            force_permutation=case.permutation == "learned",
+            force_permutation=case.permutation in ("learned", "sinkhorn"),
         )
         padst.sparsify(model, dict.fromkeys(sparse_names(model), config))
     first = orders(model)

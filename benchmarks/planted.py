@@ -11,6 +11,7 @@ hardened and S was fitted again: 0 is found, 1 - 1/blocks is what chance leaves.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ FORMS: dict[str, Make] = {
     "autoshuffle": autoshuffle,
     "low_rank m=12": low_rank(12),
     "low_rank m=16": low_rank(16),
+    "low_rank m=32": low_rank(32),
     "clos:3": clos(3),
     "clos:2": clos(2),
     "blockwise:16": blockwise(16),
@@ -162,8 +164,8 @@ def near_identity(size: int, generator: torch.Generator, logit: float) -> SoftPe
     return soft
 
 
-def compare(repeats: int, run: Run, size: int = 64, block: int = 8) -> str:
-    """Return the table of forms."""
+def compare(repeats: int, run: Run, size: int = 64, block: int = 8, only: str = "") -> str:
+    """Return the table of the forms whose name contains ``only``."""
     rows = []
     teachers = [plant(size, block, seed) for seed in range(repeats)]
     shuffles = [torch.Generator().manual_seed(100 + seed) for seed in range(repeats)]
@@ -172,6 +174,8 @@ def compare(repeats: int, run: Run, size: int = 64, block: int = 8) -> str:
     errors = [refitted(t, perm) for t, perm in zip(teachers, drawn, strict=True)]
     rows.append(["random", 0, _span(errors), ""])
     for name, make in FORMS.items():
+        if only not in name or (name.startswith("clos") and math.isqrt(size) ** 2 != size):
+            continue
         start, found, numbers = time.perf_counter(), [], 0
         for seed, teacher in enumerate(teachers):
             soft = make(size, torch.Generator().manual_seed(200 + seed))
@@ -212,16 +216,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat and fewer steps")
     parser.add_argument("--size", type=int, default=64, help="features, n")
     parser.add_argument("--block", type=int, default=8, help="side of the teacher's blocks")
+    parser.add_argument("--repeats", type=int, help="how many teachers")
+    parser.add_argument("--steps", type=int, help="how long a student is trained")
+    parser.add_argument("--form", default="", help="forms whose name contains this")
     parser.add_argument("--only", choices=("forms", "sweep"), help="one of the two tables")
     chosen = parser.parse_args()
     repeats, steps = (1, 1000) if chosen.quick else (3, 2000)
+    repeats, steps = chosen.repeats or repeats, chosen.steps or steps
     size, block = chosen.size, chosen.block
     left = 1.0 - block / size
     print(f"n = {size}, {size // block} blocks of {block}, {repeats} repeats; chance {left:.3f}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     if chosen.only != "sweep":
         print(f"{steps} steps, Adam 2e-2 with cosine decay, mean gap ramped to 0.3")
-        print(compare(repeats, Run(steps=steps), size, block))
+        print(compare(repeats, Run(steps=steps), size, block, chosen.form))
     if chosen.only != "forms":
         print(f"\n{steps} steps, Adam 2e-2, constant weight of the mean gap, 5 Sinkhorn steps")
         print(sweep(repeats, steps, size, block))

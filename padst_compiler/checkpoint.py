@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from padst_compiler.convert import from_description, to_description
+from padst_compiler.differences import differences
 from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import Permutation
 from padst_compiler.sites import Site, discover
 from padst_compiler.tensors import is_plain, storage_key
-from padst_compiler.upgrade import from_version_1
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
 
-FORMAT, VERSION = "padst_compiler", 2
+FORMAT, VERSION = "padst_compiler", 1
 
 _DAMAGED = "The file is damaged: take another copy."
 _ODD = (ArithmeticError, AttributeError, LookupError, TypeError)  # what a strange header may cause
@@ -88,16 +88,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Read a file of ``save`` into ``model``, in place, and return it.
 
-    Dense layers become the sparse ones of the file; sparse layers take its structure, topology and
-    permutation. No number is written before everything is checked. A Parameter stays the same
-    object where its shape stays; where layers change, make the optimizer afterwards.
+    Dense layers become the sparse ones of the file; sparse layers of the same configuration take
+    its topology and permutation. No number is written before everything is checked. A Parameter
+    stays the same object where its shape stays; where layers change, make the optimizer afterwards.
 
     Args:
         model: the same architecture, dense or sparse, on any device.
         path: the file.
 
     Raises:
-        ValueError: not such a file, a damaged one, a newer version, or another architecture; the
+        ValueError: not such a file, a damaged one, another version, architecture or sparsity; the
             message says what and where, and the model is as it was.
         FileNotFoundError: there is no such file.
 
@@ -112,8 +112,6 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with _unchanged_on_error(model):
         try:
             tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
-            if header["version"] == 1:
-                from_version_1(header, tensors)
             _convert(sites, header, tensors)
             _check(model, tensors)
         except ValueError as error:
@@ -173,10 +171,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "Load dense weights with model.load_state_dict(safetensors.torch.load_file(path))."
             )
             _require(ours, need, foreign, cure)
-            version = header.get("version")
-            known = isinstance(version, int) and 1 <= version <= VERSION
-            newest = f"format version {VERSION} or older"
-            _require(known, newest, f"{version} in {path}", "Upgrade padst-compiler.")
+            need, got = f"format version {VERSION}", f"{header.get('version')} in {path}"
+            cure = "Load it with the release of padst-compiler that wrote it, or upgrade."
+            _require(header.get("version") == VERSION, need, got, cure)
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"Expected {need}. Got {path}: {error}. {_DAMAGED}") from error
@@ -188,6 +185,10 @@ def _convert(
     """Make the layers of the model those of the file."""
     left = {name for name, site in sites.items() if site.kind == "sparse"}
     shared: dict[str, Permutation] = {}
+    found = [text for fields in header["layers"] for text in differences(sites, fields)]
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    cure = "Load into the model before it is sparsified, or into to_dense(model)."
+    _require(not found, "the sparse layers of the model", ", ".join(found[:3]) + more, cure)
     for fields in header["layers"]:
         name = fields["names"][0]
         left -= set(fields["names"])
@@ -201,7 +202,6 @@ def _convert(
         if (held := layer.permutation) is not None:  # several layers may have one together
             key = f"{name}.permutation.{next(iter(held.state_dict()))}".lstrip(".")
             layer.permutation = shared.setdefault(header["aliases"].get(key, key), held)
-    cure = "Load into the model before it is sparsified, or into to_dense(model)."
     _require(not left, "the sparse layers of the model", f"dense {sorted(left)[:3]}", cure)
 
 

@@ -168,7 +168,7 @@ def test_a_model_comes_back_bit_for_bit(
     save(model, path)
     other = {"none": "soft", "fixed": "none", "soft": "fixed"}[state]
     targets = {"dense": Net, "sparse": lambda: sparse_net(structure, state)}
-    target = targets.get(into, lambda: sparse_net(FanIn(k=1), other))()
+    target = targets.get(into, lambda: sparse_net(structure, other))()
     assert load(target, path) is target
     same(target, model)
     target.train()(torch.randint(10, (32,))).sum().backward()
@@ -275,18 +275,12 @@ def test_parts_of_one_tensor_and_strided_tensors(path: Path) -> None:
 
 def test_the_same_objects_stay_where_their_shapes_stay(path: Path) -> None:
     model, target = sparse_net(state="fixed"), sparse_net(state="fixed")
-    adopt_again = sparse_net(NM(m=4, n=2), "fixed")  # as many values, in another shape
     save(model, path)
     tensors = {n: id(t) for n, t in target.state_dict(keep_vars=True).items()}
     permutation = target.fc1.permutation
     load(target, path)
     assert {n: id(t) for n, t in target.state_dict(keep_vars=True).items()} == tensors
     assert target.fc1.permutation is permutation
-    kept = {n: id(p) for n, p in adopt_again.named_parameters() if not n.endswith("values")}
-    load(adopt_again, path)
-    now = {n: id(p) for n, p in adopt_again.named_parameters() if not n.endswith("values")}
-    assert now == kept
-    same(adopt_again, model)
 
 
 def test_soft_stays_the_same_parameter_and_takes_the_files_temperature(path: Path) -> None:
@@ -305,7 +299,7 @@ def test_soft_stays_the_same_parameter_and_takes_the_files_temperature(path: Pat
 @pytest.mark.parametrize("into", ["dense", "sparse"])
 def test_what_is_frozen_in_the_model_stays_frozen(into: str, path: Path) -> None:
     save(sparse_net(NM(8), "soft"), path)
-    target = Net() if into == "dense" else sparse_net(state="fixed")
+    target = Net() if into == "dense" else sparse_net(NM(8), "fixed")
     for parameter in target.fc1.parameters():
         parameter.requires_grad_(False)
     load(target, path)
@@ -458,7 +452,7 @@ FLOAT, INT, LONG = torch.float32, torch.int32, torch.int64
 PERM, LOGITS = "fc1.permutation.perm", "fc2.permutation.logits"
 # How a whole file may lie, and what is said.
 HEADERS: dict[str, tuple[Change, str]] = {
-    "newer": (lambda h: h.update(version=VERSION + 1), "Upgrade padst-compiler"),
+    "newer": (lambda h: h.update(version=VERSION + 1), "or upgrade"),
     "no version": (lambda h: h.pop("version"), "Got None in"),
     "no layers": (lambda h: h.pop("layers"), "Got KeyError('layers')"),
     "layers a number": (lambda h: h.update(layers=3), "damaged"),
@@ -516,10 +510,12 @@ def test_a_file_that_does_not_fit_changes_nothing(lie: str, into: str, path: Pat
     rewrite(path, change, **tensors)
     target = copy.deepcopy(model) if into == "alike" else Net()
     if into == "other":
-        adopt(target.fc1, NM(8), "soft")
-        adopt(target.fc2, NM(8), "fixed", side="output")
+        adopt(target.fc1, Block(4), "soft", sparsity=0.75)
+        adopt(target.fc2, Block(4), "fixed", side="output")
     with untouched(target), pytest.raises(ValueError, match="Expected ") as error:
         load(target, path)
+    if lie.startswith("structure") and into != "dense":
+        said = "Load into the model before it is sparsified"
     assert said in str(error.value) and str(path) in str(error.value)
 
 
@@ -549,7 +545,8 @@ def without_layer() -> nn.Module:
 
 
 def recorded() -> nn.Module:
-    net = sparse_net(NM(8))
+    net = Net()
+    adopt(net.fc1, Block(4), sparsity=0.75)
     assert isinstance(net.fc1, SparseLayer)
     net.fc1.recorder = Recorder(net.fc1)
     return net
@@ -595,6 +592,6 @@ def test_an_error_after_the_conversion_brings_the_objects_back(
 ) -> None:
     save(sparse_net(NM(8), "soft"), path)
     monkeypatch.setattr(checkpoint, "_check", lambda *_: 1 / 0)
-    for target in (Net(), sparse_net(Block(4), "fixed")):
+    for target in (Net(), sparse_net(NM(8), "fixed")):
         with untouched(target), pytest.raises(ValueError, match="ZeroDivisionError"):
             load(target, path)
