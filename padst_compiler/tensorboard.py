@@ -59,7 +59,7 @@ class TensorBoard:
             explored: adds the in-time over-parameterisation rate to those of a controller.
         """
         if isinstance(source, DynamicSparsity):
-            source = describe_layers(source._layers, source, explored)
+            source = describe_layers(source.layers, source, explored)
         at = source.step if step is None else step
         for tag, value in source.numbers().items():
             self._writer.add_scalar(f"{self._prefix}/{tag}", value, at)

@@ -48,7 +48,7 @@ class DynamicSparsity:
 
     Hooked to ``optimizer.step()``, it lives as long as the optimiser, or until ``detach()``. A step
     that a gradient scaler skips does not count. One process: data-parallel ranks would each see
-    their own gradients and grow different units.
+    their own gradients and grow different units. ``layers`` holds what it controls, by name.
 
     Args:
         model: holds sparse layers; one with frozen ``values`` keeps its mask.
@@ -103,8 +103,8 @@ class DynamicSparsity:
         every = update_every if harden_every is None else harden_every
         lengths = (total_steps, update_every, drop_fraction, end, penalty_weight, every)
         self.schedule = Schedule(*lengths, penalty, hardening, anneal)
-        self.method, self._layers = as_method(method, METHODS), controllable(model, optimizer)
-        if refusal := self.method.refusal(self._layers):
+        self.method, self.layers = as_method(method, METHODS), controllable(model, optimizer)
+        if refusal := self.method.refusal(self.layers):
             raise ValueError(refusal)
         self.keep_state, self.step_count = keep_state, 0
         self.history: list[Event] = []
@@ -112,12 +112,12 @@ class DynamicSparsity:
         self._generator = torch.Generator().manual_seed(seed)
         self._lambda = torch.tensor(self.schedule.penalty_at(0))  # a tensor: compiled once
         self._recorders: dict[str, Recorder] = {}
-        self._hardening = Hardening(self._layers, optimizer, self.schedule)
-        for name, layer in self._layers.items():
+        self._hardening = Hardening(self.layers, optimizer, self.schedule)
+        for name, layer in self.layers.items():
             if self.method.records and layer.values.requires_grad:
                 room = self.method.record(layer, self.schedule)
                 layer.recorder = self._recorders[name] = Recorder(layer, *room)
-        self.method.advance(self._layers, 0, self.schedule)
+        self.method.advance(self.layers, 0, self.schedule)
         self._arm()
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -129,10 +129,10 @@ class DynamicSparsity:
         below ``penalty_weight``, which compares with a task loss of the order of 1. A scalar on
         the model's device, 0 where nothing is soft. The method may add a term of its own.
         """
-        total = torch.zeros((), device=next(iter(self._layers.values())).values.device)
+        total = torch.zeros((), device=next(iter(self.layers.values())).values.device)
         if self._hardening.soft:
             total = self._hardening.penalty() * self._lambda
-        extra = self.method.penalty(self._layers)
+        extra = self.method.penalty(self.layers)
         return total if extra is None else total + extra.to(total.device)
 
     def soft_fraction(self) -> dict[str, float]:
@@ -144,7 +144,7 @@ class DynamicSparsity:
         self._hook.remove()
         self._hardening.release()
         for name in self._recorders:
-            self._layers[name].recorder = None
+            self.layers[name].recorder = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the training; nothing that ``model.state_dict()`` holds."""
@@ -154,7 +154,7 @@ class DynamicSparsity:
             "step": self.step_count,
             "generator": self._generator.get_state(),
             "soft": self._hardening.state_dict(),
-            "layers": {name: layer.size() for name, layer in self._layers.items()},
+            "layers": {name: layer.size() for name, layer in self.layers.items()},
             "recorders": {n: {k: t.clone() for k, t in r.named_buffers()} for n, r in seen.items()},
             "history": [event.copy() for event in self.history],
         }
@@ -178,12 +178,12 @@ class DynamicSparsity:
                 )
         self._hardening.load_state_dict(state["soft"])
         for name, size in state["layers"].items():
-            if (selection := self._layers[name].resize(*size)) is not None:
+            if (selection := self.layers[name].resize(*size)) is not None:
                 self._memory.drop(selection.alpha)
         self.step_count, self.history = state["step"], [event.copy() for event in state["history"]]
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._generator.set_state(state["generator"].cpu())
-        self.method.advance(self._layers, self.step_count, self.schedule)
+        self.method.advance(self.layers, self.step_count, self.schedule)
         self._arm()
         for name, saved in state["recorders"].items():
             for key, tensor in self._recorders[name].named_buffers():
@@ -193,7 +193,7 @@ class DynamicSparsity:
         own = {
             "method": repr(self.method),
             "keep_state": self.keep_state,
-            "layers": list(self._layers),
+            "layers": list(self.layers),
         }
         return asdict(self.schedule) | own
 
@@ -203,7 +203,7 @@ class DynamicSparsity:
     def _arm(self) -> None:
         """Arm the recorders where the next step ends in an update, in the layers' present sizes."""
         for name, recorder in self._recorders.items():
-            room = self.method.record(self._layers[name], self.schedule)
+            room = self.method.record(self.layers[name], self.schedule)
             if not recorder.fits(*room):
                 recorder.fit(*room)
             recorder.arm() if self._records_next() else recorder.disarm()
@@ -217,10 +217,10 @@ class DynamicSparsity:
         self.step_count += 1
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._hardening.after_step(self.step_count)
-        self.method.advance(self._layers, self.step_count, self.schedule)
+        self.method.advance(self.layers, self.step_count, self.schedule)
         update = self.method.updates_at(self.step_count, self.schedule)
         if update or self.schedule.checks_at(self.step_count):
-            for name, layer in self._layers.items():
+            for name, layer in self.layers.items():
                 self._visit(name, layer, update and layer.values.requires_grad)
         if self._recorders and (update or self._records_next()):
             self._arm()
@@ -246,5 +246,5 @@ class DynamicSparsity:
             where = f"{name or 'the model'} at step {self.step_count}"
             warnings.warn(reason[1].format(where), reason[0], stacklevel=2)
             return 0.0
-        now = (self.schedule, self.step_count, self._generator, name == list(self._layers)[-1])
+        now = (self.schedule, self.step_count, self._generator, name == list(self.layers)[-1])
         return self.method.move(Job(name, layer, self._memory, seen, *now))

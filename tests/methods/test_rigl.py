@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def check_invariants(old: Tensor, new: Regrown, candidates: int) -> None:
         assert not came & set(before)  # who is called new is new
 
 
+@settings(max_examples=200, deadline=None)
 @given(tables())
 def test_rigl_keeps_counts_and_grows_the_largest_gradients(
     table: tuple[Tensor, Tensor, int, int, torch.Generator],
