@@ -196,12 +196,14 @@ def test_files_hold_it(form: str, tmp_path: Path) -> None:
     for target in (
         nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
         sparse_net(form, seed=1),
-        sparse_net("low_rank:3"),
     ):
         loaded = padst.load(target, tmp_path / "model.safetensors")
         assert torch.equal(loaded(x), model(x))
         kinds = [type(layer.permutation) for layer in padst.sparse_layers(loaded).values()]
         assert kinds == [type(layer.permutation) for layer in padst.sparse_layers(model).values()]
+    other = "identity" if form == "random" else "random"
+    with pytest.raises(ValueError, match=f"permutation {form}, here {other}"):
+        padst.load(sparse_net(other), tmp_path / "model.safetensors")
 
 
 @Forms
