@@ -85,8 +85,7 @@ def _difference(left: Tensor, right: Tensor) -> float:
 def _reason_against(captured: fx.GraphModule) -> str | None:
     numbers = 0
     for node in captured.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if _draws(node):
             return f"{node.name} draws random numbers"
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op == "call_function":
@@ -94,6 +93,18 @@ def _reason_against(captured: fx.GraphModule) -> str | None:
                 return "the graph does not run on the CPU"
             numbers += size_hint(value.numel())
     return f"the graph computes {numbers} numbers, over {LIMIT}" if numbers > LIMIT else None
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention is tagged so, and draws for its dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get("dropout_p", argument.default_value)
+            return bool(node.args[position] if position < len(node.args) else given)
+    return True
 
 
 def _widened(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -122,7 +133,8 @@ def _widen(argument: Any, keep: bool, generator: torch.Generator) -> Any:
         return argument.detach().clone()
     if keep:
         return argument.detach().to(torch.float64, copy=True)
-    return torch.randn(argument.shape, generator=generator, dtype=torch.float64)
+    numbers = torch.randn(argument.shape, generator=generator, dtype=torch.float64)
+    return torch.empty_like(argument, dtype=torch.float64).copy_(numbers)  # views need its strides
 
 
 def _tensors(result: Any) -> list[Tensor]:
