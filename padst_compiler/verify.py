@@ -108,13 +108,30 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _widened(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy whose casts to a floating type cast to float64: no rounding on the way."""
+    """Return a copy that computes in float64 throughout: casts, new tensors and constants too."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.nodes:
         node.args = tree_map_only(torch.dtype, _wide, node.args)
         node.kwargs = tree_map_only(torch.dtype, _wide, node.kwargs)
-    return fx.GraphModule(graph_module, graph)
+        if _makes_default_floats(node):
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+    widened = fx.GraphModule(graph_module, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        constant = getattr(widened, node.target, None)
+        if isinstance(constant, Tensor) and constant.is_floating_point():
+            setattr(widened, node.target, constant.detach().double())
+    return widened
+
+
+def _makes_default_floats(node: fx.Node) -> bool:
+    """Whether a node makes a tensor out of nothing and leaves its floating dtype to torch."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "dtype" in node.kwargs:
+        return False
+    takes = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    value = node.meta.get("val")
+    made = takes and not node.all_input_nodes and isinstance(value, Tensor)
+    return bool(made and value.is_floating_point())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
