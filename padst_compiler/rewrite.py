@@ -19,6 +19,7 @@ from padst_compiler.index_map import IndexMap
 __all__ = [
     "Facts",
     "Pass",
+    "PassError",
     "Refusal",
     "Report",
     "Rule",
@@ -148,11 +149,15 @@ class Pass(Protocol):
         """Rewrite in place; leave a valid graph; say what was done and what was left."""
 
 
+class PassError(RuntimeError):
+    """A pass failed; the message names it, the passes before it and the node where it stood."""
+
+
 def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tuple[Report, ...]:
-    """Run the passes in order; an error names the pass and those before it.
+    """Run the passes in order; an error names the pass, those before it and the node.
 
     Raises:
-        RuntimeError: a pass failed or left an invalid graph.
+        PassError: a pass failed or left an invalid graph.
     """
     reports: list[Report] = []
     for step in pipeline:
@@ -162,7 +167,10 @@ def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tup
             graph.lint()
         except Exception as error:
             before = ", ".join(r.name for r in reports) or "none"
-            raise RuntimeError(f"Pass {step.name} failed (after: {before}): {error}") from error
+            node = _node_at(error, graph)
+            where = "" if node is None else f"; at: {node.format_node()}"
+            said = f"Pass {step.name} failed (after: {before}{where}): {error}"
+            raise PassError(said) from error
     return tuple(reports)
 
 
@@ -214,6 +222,19 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     """Return the shape of a tensor-valued node, else None."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _node_at(error: BaseException, graph: fx.Graph) -> fx.Node | None:
+    """Return the node that the innermost frame with one was working on: passes need not say it."""
+    found: fx.Node | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        local = trace.tb_frame.f_locals
+        nodes = [v for v in local.values() if isinstance(v, fx.Node) and v.graph is graph]
+        named = local.get("node")
+        found = named if named in nodes else (nodes[-1] if nodes else found)
+        trace = trace.tb_next
+    return found
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -85,8 +85,7 @@ def _difference(left: Tensor, right: Tensor) -> float:
 def _reason_against(captured: fx.GraphModule) -> str | None:
     numbers = 0
     for node in captured.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if _draws(node):
             return f"{node.name} draws random numbers"
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op == "call_function":
@@ -96,14 +95,43 @@ def _reason_against(captured: fx.GraphModule) -> str | None:
     return f"the graph computes {numbers} numbers, over {LIMIT}" if numbers > LIMIT else None
 
 
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention is tagged so, and draws for its dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get("dropout_p", argument.default_value)
+            return bool(node.args[position] if position < len(node.args) else given)
+    return True
+
+
 def _widened(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy whose casts to a floating type cast to float64: no rounding on the way."""
+    """Return a copy that computes in float64 throughout: casts, new tensors and constants too."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.nodes:
         node.args = tree_map_only(torch.dtype, _wide, node.args)
         node.kwargs = tree_map_only(torch.dtype, _wide, node.kwargs)
-    return fx.GraphModule(graph_module, graph)
+        if _makes_default_floats(node):
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+    widened = fx.GraphModule(graph_module, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        constant = getattr(widened, node.target, None)
+        if isinstance(constant, Tensor) and constant.is_floating_point():
+            setattr(widened, node.target, constant.detach().double())
+    return widened
+
+
+def _makes_default_floats(node: fx.Node) -> bool:
+    """Whether a node makes a tensor out of nothing and leaves its floating dtype to torch."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "dtype" in node.kwargs:
+        return False
+    takes = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    value = node.meta.get("val")
+    made = takes and not node.all_input_nodes and isinstance(value, Tensor)
+    return bool(made and value.is_floating_point())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -122,7 +150,8 @@ def _widen(argument: Any, keep: bool, generator: torch.Generator) -> Any:
         return argument.detach().clone()
     if keep:
         return argument.detach().to(torch.float64, copy=True)
-    return torch.randn(argument.shape, generator=generator, dtype=torch.float64)
+    numbers = torch.randn(argument.shape, generator=generator, dtype=torch.float64)
+    return torch.empty_like(argument, dtype=torch.float64).copy_(numbers)  # views need its strides
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -195,3 +195,45 @@ def test_symbolic_sizes_are_read_without_fixing_them() -> None:
     captured = trace_aten(lambda n, x: x.exp() * n, [size, fake])
     assert compare(captured, captured, [size, torch.ones(5, 4)], set()).startswith("verified")
     assert mode.shape_env.guards == []
+
+
+# -- what is widened, and what is compared ---------------------------------------------------------
+
+
+def test_tensors_made_inside_and_constants_are_float64_too() -> None:
+    constant = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def run(x: Tensor) -> Tensor:
+        return (x @ torch.eye(4)).index_put((torch.tensor([1]),), constant) + torch.ones(4)
+
+    assert both(run, run, X).startswith("verified in float64")
+    with pytest.raises(MismatchError):
+        both(run, lambda x: run(x) * (1 + 1e-7), X)
+    assert constant.dtype is torch.float32
+
+
+def attend(x: Tensor, dropout: float) -> Tensor:
+    q = x.view(1, 1, 3, 4)
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropout)
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    module = traced(lambda x: attend(x, 0.0), X)
+    assert module.graph.find_nodes(op="call_function", target=attention)
+    assert both(lambda x: attend(x, 0.0), lambda x: attend(x, 0.0), X).startswith("verified")
+    with pytest.raises(MismatchError):
+        both(lambda x: attend(x, 0.0), lambda x: attend(x, 0.0).flip(-1), X)
+    verdict = both(lambda x: attend(x, 0.5), lambda x: attend(x, 0.5), X)
+    assert verdict.startswith("not verified") and "random" in verdict
+
+
+def test_inputs_keep_the_strides_that_views_rely_on() -> None:
+    x = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+    def run(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).view(40, 3).exp()
+
+    assert both(run, run, x).startswith("verified in float64")
+    with pytest.raises(MismatchError):
+        both(run, lambda x: run(x).flip(-1), x)

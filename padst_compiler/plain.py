@@ -1,0 +1,56 @@
+"""Run a graph as it is: every pass runs on it, and no code is generated (``codegen: "off"``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from functorch.compile import aot_module_simplified, default_partition, make_boxed_func
+from torch import fx
+
+from padst_compiler.compat import inductor_decompositions
+
+__all__ = ["compile_plain"]
+
+GraphPass = Callable[[fx.Graph], None]
+
+
+def compile_plain(
+    graph_module: fx.GraphModule, examples: Sequence[Any], joint_pass: GraphPass | None
+) -> Callable[..., Any]:
+    """Return what runs a Dynamo graph through AOTAutograd, node by node.
+
+    The graphs that ``joint_pass`` sees are those that Inductor would show it: the joint graph of
+    forward and backward where something needs a gradient, else the forward graph.
+
+    Args:
+        graph_module: captured by Dynamo.
+        examples: its inputs.
+        joint_pass: changes a graph in place; None leaves it.
+    """
+
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+            joint.recompile()
+        return default_partition(joint, *args, **kwargs)
+
+    def inference(forward: fx.GraphModule, _: Sequence[Any]) -> Any:
+        if joint_pass is not None:
+            joint_pass(forward.graph)
+            forward.recompile()
+        return make_boxed_func(forward.forward)
+
+    def as_it_is(part: fx.GraphModule, _: Sequence[Any]) -> Any:
+        return make_boxed_func(part.forward)
+
+    compiled: Callable[..., Any] = aot_module_simplified(
+        graph_module,
+        examples,
+        fw_compiler=as_it_is,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=dict(inductor_decompositions()),
+        keep_inference_input_mutations=True,
+    )
+    return compiled
