@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from padst_compiler.compat import trace_aten
 from padst_compiler.index_map import IndexMap
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "Rule",
     "as_contiguous",
+    "constant",
     "inline",
     "run_pipeline",
     "shape_of",
@@ -78,9 +80,16 @@ class Facts:
         """Whether ``node`` depends on frozen placeholders, and beside them on constants only."""
         return isinstance(node, fx.Node) and self._settled(node) and self._known[node]
 
+    def is_settled(self, node: fx.Node) -> bool:
+        """Whether ``node`` is frozen, or depends on constants only."""
+        return self._settled(node)
+
     def _settled(self, node: fx.Node) -> bool:
         """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it."""
         if node in self._known:
+            return True
+        if node.op == "get_attr":
+            self._known[node] = False
             return True
         if node.op == "placeholder":
             if node in self.frozen:
@@ -98,7 +107,7 @@ class Facts:
 
         A pass that fires because of them must say so with ``rely_on``.
         """
-        if not self.is_frozen(node):
+        if not self._settled(node):
             return None
         return IndexMap.of(self._value(node))
 
@@ -112,6 +121,10 @@ class Facts:
     def _value(self, node: fx.Node) -> Tensor:
         if node.op == "placeholder":
             return self.frozen[node].detach().cpu()
+        if node.op == "get_attr":
+            held = getattr(node.graph.owning_module, str(node.target))
+            assert isinstance(held, Tensor)
+            return held.detach().cpu()
         assert callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         with torch.no_grad():
@@ -196,6 +209,21 @@ def inline(
             else:
                 env[node] = graph.node_copy(node, lambda n: env[n])
     raise AssertionError("a traced graph ends with its output")
+
+
+def constant(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+    """Return a node that holds ``tensor``, at the start of a graph that belongs to a module."""
+    module = graph.owning_module
+    assert module is not None
+    count = sum(1 for held, _ in module.named_buffers() if held.startswith(f"_{name}_"))
+    module.register_buffer(f"_{name}_{count}", tensor)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    fakes = (node.meta.get("val") for node in graph.nodes)
+    like = next(fake for fake in fakes if isinstance(fake, FakeTensor))
+    with graph.inserting_before(first):
+        node = graph.get_attr(f"_{name}_{count}")
+    node.meta["val"] = like.fake_mode.from_tensor(tensor, static_shapes=True)
+    return node
 
 
 def as_contiguous(graph: fx.Graph, before: fx.Node, x: fx.Node) -> fx.Node:
