@@ -26,6 +26,7 @@ __all__ = [
     "as_contiguous",
     "constant",
     "inline",
+    "is_random",
     "run_pipeline",
     "shape_of",
 ]
@@ -95,7 +96,7 @@ class Facts:
             if node in self.frozen:
                 self._known[node] = True
             return node in self.frozen
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or is_random(node):
             return False
         if not all(self._settled(n) for n in node.all_input_nodes):
             return False
@@ -244,6 +245,10 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention without dropout does not, for all its tag."""
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    attention = node.target is ATEN._scaled_dot_product_flash_attention_for_cpu.default
+    return not (attention and (len(node.args) < 4 or node.args[3] == 0.0))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from padst_compiler.compat import size_hint
+from padst_compiler.rewrite import is_random
 
 __all__ = ["MismatchError", "compare"]
 
@@ -85,8 +86,7 @@ def _difference(left: Tensor, right: Tensor) -> float:
 def _reason_against(captured: fx.GraphModule) -> str | None:
     numbers = 0
     for node in captured.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if is_random(node):
             return f"{node.name} draws random numbers"
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op == "call_function":

@@ -54,9 +54,7 @@ class FoldPermutations:
         known = {edge.node for edge in problem.edges}
         for node in graph.find_nodes(op="call_function", target=PERMUTE):
             if node not in known:
-                changes = facts.map_of(node.args[1]) is None  # type: ignore[arg-type]
                 why = "the map is not frozen: it may change between calls"
-                why = why if changes else "it permutes a part of an axis"
                 left.append(Refusal(facts.owner(node), why))
         for edge in problem.edges:
             name, rest = facts.owner(edge.node), _residue(edge, orders)

@@ -30,7 +30,7 @@ from padst_compiler.passes.folding.problem import (
 from padst_compiler.passes.folding.spaces import Axis, Size, size_of, unify
 from padst_compiler.rewrite import Facts
 
-__all__ = ["Analysis", "Rule", "Side"]
+__all__ = ["Analysis", "Rule", "Side", "on_live", "unknown"]
 
 Side: TypeAlias = tuple[tuple[Factor, ...], fx.Node, int]
 """The factors of one dimension of one operand."""
@@ -186,6 +186,17 @@ class Analysis:
 
 
 Rule: TypeAlias = Callable[[Analysis, fx.Node], None]
+
+
+def on_live(rule: Rule) -> Rule:
+    """Return ``rule`` for operators whose first operand depends on an input; else it is unknown."""
+
+    def guarded(analysis: Analysis, node: fx.Node) -> None:
+        first = node.args[0] if node.args else None
+        known = isinstance(first, fx.Node) and first in analysis.table
+        (rule if known else unknown)(analysis, node)
+
+    return guarded
 
 
 def unknown(analysis: Analysis, node: fx.Node) -> None:

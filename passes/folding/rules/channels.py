@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from padst_compiler.passes.folding.analysis import Analysis, Rule, unknown
+from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import Dims, Field, fresh
 from padst_compiler.passes.folding.problem import Endpoint, apart
 from padst_compiler.passes.folding.rules.pointwise import follow, reordered
@@ -176,5 +176,5 @@ RULES: dict[object, Rule] = {
         ATEN._adaptive_avg_pool2d.default,
         ATEN.adaptive_max_pool2d.default,
     ),
-    pooling,
+    on_live(pooling),
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from padst_compiler.passes.folding.analysis import Analysis, Rule, unknown
+from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import fresh, regroup
+from padst_compiler.passes.folding.rules.pointwise import follow
 from padst_compiler.rewrite import ATEN
 
 __all__ = ["RULES"]
@@ -50,7 +51,13 @@ def squeeze(analysis: Analysis, node: fx.Node) -> None:
 
 def expand(analysis: Analysis, node: fx.Node) -> None:
     """What is repeated is the same in every order, so that the new dimension is free."""
-    own, shape = analysis.dims(_operand(node)), analysis.shape(node)
+    x, shape = _operand(node), analysis.shape(node)
+    if not analysis.is_live(x):  # a constant in a batch of unknown size
+        dims = fresh(shape)
+        follow(analysis, node, x, dims)
+        analysis.keep(node, dims)
+        return
+    own = analysis.dims(x)
     padded = ((),) * (len(shape) - len(own)) + own
     new = fresh(shape)
     analysis.keep(node, tuple(a or b for a, b in zip(padded, new, strict=True)))
@@ -70,7 +77,7 @@ def _list(value: Any) -> list[int]:
     return [_integer(v) for v in value]
 
 
-RULES: dict[object, Rule] = (
+_RULES: dict[object, Rule] = (
     dict.fromkeys(
         (
             ATEN.clone.default,
@@ -90,5 +97,16 @@ RULES: dict[object, Rule] = (
         ),
         squeeze,
     )
-    | {ATEN.expand.default: expand}
 )
+
+
+def nothing(analysis: Analysis, node: fx.Node) -> None:
+    """Sizes are the same in every order."""
+    analysis.table[node] = []
+
+
+RULES = {target: on_live(rule) for target, rule in _RULES.items()} | {
+    ATEN.expand.default: expand,
+    ATEN.sym_size.int: nothing,
+    ATEN.sym_numel.default: nothing,
+}

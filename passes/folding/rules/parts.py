@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from padst_compiler.passes.folding.analysis import Analysis, Rule, unknown
+from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import Dims, Factor, Field, fresh, renewed
-from padst_compiler.passes.folding.rules.pointwise import merged
+from padst_compiler.passes.folding.rules.pointwise import follow, merged
 from padst_compiler.passes.folding.spaces import Space, cut_at, leaves
 from padst_compiler.rewrite import ATEN
 
@@ -101,40 +101,47 @@ def slice_(analysis: Analysis, node: fx.Node) -> None:
     analysis.keep(node, run)
 
 
+def positions(analysis: Analysis, node: fx.Node) -> None:
+    """Listed positions of a dimension are taken; the others pass."""
+    x, dim = _operand(node), _integer(node.args[1])
+    dims = analysis.dims(x)
+    at = dim % len(dims)
+    _fix_dim(analysis, node, x, [at])
+    taken = fresh([analysis.shape(node)[at]])
+    analysis.pin(taken[0], _name(node))
+    analysis.keep(node, (*dims[:at], *taken, *dims[at + 1 :]))
+
+
 def cat(analysis: Analysis, node: fx.Node) -> None:
     """Axes follow one another; the other dimensions keep one order."""
     operands, dim = node.args[0], _integer(node.args[1] if len(node.args) > 1 else 0)
     assert isinstance(operands, list | tuple)
-    rank = len(analysis.shape(node))
-    at = dim % rank
-    if any(
-        not isinstance(o, fx.Node) or not analysis.is_live(o) or len(analysis.dims(o)) != rank
-        for o in operands
-    ):
-        unknown(analysis, node)  # constants among them
+    shape = analysis.shape(node)
+    at = dim % len(shape)
+    nodes = [o for o in operands if isinstance(o, fx.Node)]
+    nodes = [o for o in nodes if analysis.shape(o) != (0,)]  # an empty cache takes no part
+    if any(len(analysis.shape(o)) != len(shape) for o in nodes):
+        unknown(analysis, node)
         return
-    live = list(dict.fromkeys(operands))
+    live = [o for o in dict.fromkeys(nodes) if analysis.is_live(o)]
     dims = list(merged(analysis, node, live, skip=at))
+    dims = [known or new for known, new in zip(dims, fresh(shape), strict=True)]
     axis: list[Space] = []
-    whole = True
-    for operand in operands:
-        assert isinstance(operand, fx.Node)
-        factors, size = analysis.dims(operand)[at], analysis.shape(operand)[at]
+    for operand in nodes:
+        size = analysis.shape(operand)[at]
+        factors = analysis.dims(operand)[at] if analysis.is_live(operand) else ()
         if len(factors) == 1 and factors[0].is_whole:
             axis += factors[0].field.axis
-        elif size == 1:
-            axis.append(Space(1))
-        else:
-            whole = False
-    if whole:
-        field = Field(tuple(axis), (analysis.shape(node)[at],))
-        dims[at] = (field.whole,)
-    else:
-        _fix_dim(analysis, node, live[0], [at])
-        for operand in live:
-            analysis.fix(operand, node, _name(node), [at])
-        (dims[at],) = fresh([analysis.shape(node)[at]])
-        analysis.pin(dims[at], _name(node))
+            continue
+        analysis.pin(factors, _name(node))
+        own = Space(size)
+        axis.append(own)
+        analysis.pin((Field((own,), (size,)).whole,), _name(node))
+    dims[at] = (Field(tuple(axis), (shape[at],)).whole,) if shape[at] != 1 else ()
+    for operand in dict.fromkeys(nodes):
+        if not analysis.is_live(operand):
+            rest = (*dims[:at], (), *dims[at + 1 :])
+            follow(analysis, node, operand, rest)
     analysis.keep(node, tuple(dims))
 
 
@@ -211,11 +218,12 @@ def _integer(value: Any) -> int:
 
 
 RULES: dict[object, Rule] = {
-    ATEN.select.int: select,
-    ATEN.unbind.int: unbind,
-    ATEN.split.Tensor: split,
-    ATEN.split_with_sizes.default: split,
-    ATEN.slice.Tensor: slice_,
+    ATEN.select.int: on_live(select),
+    ATEN.unbind.int: on_live(unbind),
+    ATEN.split.Tensor: on_live(split),
+    ATEN.split_with_sizes.default: on_live(split),
+    ATEN.slice.Tensor: on_live(slice_),
+    ATEN.index_select.default: on_live(positions),
     ATEN.cat.default: cat,
-    operator.getitem: getitem,
+    operator.getitem: on_live(getitem),
 }

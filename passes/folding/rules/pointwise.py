@@ -82,7 +82,7 @@ def follow(
     shift = len(dims) - len(shape)
     places: dict[Field, list[tuple[int, int]]] = {}  # (dimension of the constant, factor)
     for at, size in enumerate(shape):
-        if size != 1:
+        if size != 1:  # a dimension without factors is none of ours
             for factor in dims[shift + at]:
                 places.setdefault(factor.field, []).append((at, factor.at))
     for field, found in places.items():

@@ -31,10 +31,14 @@ def permute(analysis: Analysis, node: fx.Node) -> None:
         return
     dims = analysis.dims(x)
     axis = _axis_of(dims[-1], known.size)
-    if axis is None or int(x.meta["val"].shape[-1]) != known.size:
-        analysis.fix(x, node, "it permutes a part of an axis")
-        analysis.fix_result(node, "it permutes a part of an axis")
+    if int(x.meta["val"].shape[-1]) != known.size:
+        unknown(analysis, node)
         return
+    if axis is None:  # several factors, in the order that they are in
+        why = "what it permutes is put together of parts"
+        analysis.pin(dims[-1], why)
+        axis = (Space(known.size),)
+        analysis.pin((Field(axis, (known.size,)).whole,), why)
     target = Field((Space(known.size),), (known.size,))
     edge = Edge(node, axis, target.axis, known, analysis.bytes(node))
     analysis.problem.edges.append(edge)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from padst_compiler.passes.folding.analysis import Analysis, Rule, unknown
+from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import Dims, fresh
 from padst_compiler.rewrite import ATEN
 
@@ -91,7 +91,8 @@ RULES: dict[object, Rule] = (
         reduction,
     )
     | dict.fromkeys(
-        (ATEN._softmax.default, ATEN._log_softmax.default, ATEN._safe_softmax.default), softmax
+        (ATEN._softmax.default, ATEN._log_softmax.default, ATEN._safe_softmax.default),
+        on_live(softmax),
     )
     | {
         ATEN.cumsum.default: along(1),
