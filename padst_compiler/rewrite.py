@@ -76,6 +76,7 @@ class Facts:
     table: Mapping[Any, Callable[..., Any]] | None = None
     read: set[fx.Node] = field(default_factory=set)
     _known: dict[fx.Node, bool] = field(default_factory=dict)
+    _live: set[fx.Node] = field(default_factory=set)
 
     def is_frozen(self, node: object) -> bool:
         """Whether ``node`` depends on frozen placeholders, and beside them on constants only."""
@@ -86,22 +87,28 @@ class Facts:
         return self._settled(node)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it."""
+        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it.
+
+        Asked from inputs to outputs it goes one node deep: what is live stays known as such.
+        """
         if node in self._known:
             return True
+        if node in self._live:
+            return False
         if node.op == "get_attr":
             self._known[node] = False
             return True
         if node.op == "placeholder":
-            if node in self.frozen:
-                self._known[node] = True
-            return node in self.frozen
-        if node.op != "call_function" or is_random(node):
-            return False
-        if not all(self._settled(n) for n in node.all_input_nodes):
-            return False
-        self._known[node] = any(self._known[n] for n in node.all_input_nodes)
-        return True
+            settled, known = node in self.frozen, True
+        else:
+            settled = node.op == "call_function" and not is_random(node)
+            settled = settled and all(self._settled(n) for n in node.all_input_nodes)
+            known = settled and any(self._known[n] for n in node.all_input_nodes)
+        if settled:
+            self._known[node] = known
+        else:
+            self._live.add(node)
+        return settled
 
     def map_of(self, node: fx.Node) -> IndexMap | None:
         """Return the permutation that ``node`` holds where its numbers are known.
