@@ -62,7 +62,7 @@ def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
     border = [n for n in graph.nodes if n in early and any(u not in early for u in n.users)]
     if not border:
         return Split(None, [], graph_module, list(range(len(holders))), [])
-    prologue, used = _prologue(border, holders)
+    prologue, used = _prologue(graph_module, border, holders)
     for node in border:
         with graph.inserting_before(_first_non_placeholder(graph)):
             holder = graph.placeholder(f"frozen_{node.name}")
@@ -102,7 +102,9 @@ def _return_views(graph: fx.Graph, early: set[fx.Node]) -> None:
             early.discard(node)
 
 
-def _prologue(border: list[fx.Node], holders: list[fx.Node]) -> tuple[fx.GraphModule, list[int]]:
+def _prologue(
+    root: fx.GraphModule, border: list[fx.Node], holders: list[fx.Node]
+) -> tuple[fx.GraphModule, list[int]]:
     needed: set[fx.Node] = set()
     stack = list(border)
     while stack:
@@ -117,7 +119,7 @@ def _prologue(border: list[fx.Node], holders: list[fx.Node]) -> tuple[fx.GraphMo
             env[node] = graph.node_copy(node, lambda n: env[n])
     graph.output(tuple(env[n] for n in border))
     used = [i for i, holder in enumerate(holders) if holder in needed]
-    return fx.GraphModule(torch.nn.Module(), graph), used
+    return fx.GraphModule(root, graph), used
 
 
 def _first_non_placeholder(graph: fx.Graph) -> fx.Node:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from padst_compiler.compat import trace_aten
 from padst_compiler.index_map import IndexMap
@@ -24,7 +25,9 @@ __all__ = [
     "Report",
     "Rule",
     "as_contiguous",
+    "constant",
     "inline",
+    "is_random",
     "run_pipeline",
     "shape_of",
 ]
@@ -74,32 +77,46 @@ class Facts:
     table: Mapping[Any, Callable[..., Any]] | None = None
     read: set[fx.Node] = field(default_factory=set)
     _known: dict[fx.Node, bool] = field(default_factory=dict)
+    _live: set[fx.Node] = field(default_factory=set)
 
     def is_frozen(self, node: object) -> bool:
         """Whether ``node`` depends on frozen placeholders, and beside them on constants only."""
         return isinstance(node, fx.Node) and self._settled(node) and self._known[node]
 
+    def is_settled(self, node: fx.Node) -> bool:
+        """Whether ``node`` is frozen, or depends on constants only."""
+        return self._settled(node)
+
     def _settled(self, node: fx.Node) -> bool:
-        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it."""
+        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it.
+
+        Asked from inputs to outputs it goes one node deep: what is live stays known as such.
+        """
         if node in self._known:
             return True
+        if node in self._live:
+            return False
+        if node.op == "get_attr":
+            self._known[node] = False
+            return True
         if node.op == "placeholder":
-            if node in self.frozen:
-                self._known[node] = True
-            return node in self.frozen
-        if node.op != "call_function" or _is_random(node):
-            return False
-        if not all(self._settled(n) for n in node.all_input_nodes):
-            return False
-        self._known[node] = any(self._known[n] for n in node.all_input_nodes)
-        return True
+            settled, known = node in self.frozen, True
+        else:
+            settled = node.op == "call_function" and not is_random(node)
+            settled = settled and all(self._settled(n) for n in node.all_input_nodes)
+            known = settled and any(self._known[n] for n in node.all_input_nodes)
+        if settled:
+            self._known[node] = known
+        else:
+            self._live.add(node)
+        return settled
 
     def map_of(self, node: fx.Node) -> IndexMap | None:
         """Return the permutation that ``node`` holds where its numbers are known.
 
         A pass that fires because of them must say so with ``rely_on``.
         """
-        if not self.is_frozen(node):
+        if not self._settled(node):
             return None
         return IndexMap.of(self._value(node))
 
@@ -113,6 +130,10 @@ class Facts:
     def _value(self, node: fx.Node) -> Tensor:
         if node.op == "placeholder":
             return self.frozen[node].detach().cpu()
+        if node.op == "get_attr":
+            held = getattr(node.graph.owning_module, str(node.target))
+            assert isinstance(held, Tensor)
+            return held.detach().cpu()
         assert callable(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         with torch.no_grad():
@@ -206,6 +227,21 @@ def inline(
     raise AssertionError("a traced graph ends with its output")
 
 
+def constant(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+    """Return a node that holds ``tensor``, at the start of a graph that belongs to a module."""
+    module = graph.owning_module
+    assert module is not None
+    count = sum(1 for held, _ in module.named_buffers() if held.startswith(f"_{name}_"))
+    module.register_buffer(f"_{name}_{count}", tensor)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    fakes = (node.meta.get("val") for node in graph.nodes)
+    like = next(fake for fake in fakes if isinstance(fake, FakeTensor))
+    with graph.inserting_before(first):
+        node = graph.get_attr(f"_{name}_{count}")
+    node.meta["val"] = like.fake_mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
 def as_contiguous(graph: fx.Graph, before: fx.Node, x: fx.Node) -> fx.Node:
     """Return ``x`` with the strides that a permutation's result has: later views rely on them."""
     if x.meta["val"].is_contiguous():
@@ -237,6 +273,13 @@ def _node_at(error: BaseException, graph: fx.Graph) -> fx.Node | None:
     return found
 
 
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; attention is tagged so, and draws for its dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.kwargs.get("dropout_p", argument.default_value)
+            return bool(node.args[position] if position < len(node.args) else given)
+    return True

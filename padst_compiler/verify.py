@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from padst_compiler.compat import size_hint
+from padst_compiler.rewrite import is_random
 
 __all__ = ["MismatchError", "compare"]
 
@@ -85,7 +86,7 @@ def _difference(left: Tensor, right: Tensor) -> float:
 def _reason_against(captured: fx.GraphModule) -> str | None:
     numbers = 0
     for node in captured.graph.nodes:
-        if _draws(node):
+        if is_random(node):
             return f"{node.name} draws random numbers"
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op == "call_function":
@@ -93,18 +94,6 @@ def _reason_against(captured: fx.GraphModule) -> str | None:
                 return "the graph does not run on the CPU"
             numbers += size_hint(value.numel())
     return f"the graph computes {numbers} numbers, over {LIMIT}" if numbers > LIMIT else None
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; attention is tagged so, and draws for its dropout."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.kwargs.get("dropout_p", argument.default_value)
-            return bool(node.args[position] if position < len(node.args) else given)
-    return True
 
 
 def _widened(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -130,8 +119,8 @@ def _makes_default_floats(node: fx.Node) -> bool:
         return False
     takes = any(argument.name == "dtype" for argument in node.target._schema.arguments)
     value = node.meta.get("val")
-    made = takes and not node.all_input_nodes and isinstance(value, Tensor)
-    return bool(made and value.is_floating_point())
+    made = takes and not node.all_input_nodes
+    return made and isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

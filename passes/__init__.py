@@ -1,16 +1,15 @@
 """Graph to graph: fold permutations away, choose how every structured operator runs.
 
-The order is meaning. A reader comes before a writer: what a reader absorbs needs no proof of a way.
-The folds run again after the choice, because a site that was chosen dense absorbs every map.
+The order is meaning. The folds run again after the choice: a site that was chosen dense absorbs
+every map.
 """
 
 from padst_compiler.formulation import Candidates
-from padst_compiler.passes.absorb_into_reader import AbsorbIntoReader
-from padst_compiler.passes.absorb_into_writer import AbsorbIntoWriter
 from padst_compiler.passes.cancel_inverse import CancelInverse
 from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
+from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.rewrite import Pass
 
@@ -19,8 +18,7 @@ __all__ = ["FOLDS", "inference_passes", "training_passes"]
 FOLDS: tuple[Pass, ...] = (
     CancelInverse(),
     DropIdentity(),
-    AbsorbIntoReader(),
-    AbsorbIntoWriter(),
+    FoldPermutations(),
 )
 
 

@@ -65,8 +65,8 @@ def test_reports_come_in_the_order_of_the_passes() -> None:
     result = folded(linear, X, passes=DENSE, p=P, w=W)
     assert [r.name for r in result.reports] == [step.name for step in DENSE]
     fired = {r.name: r.fired for r in result.reports if r.fired}
-    assert list(fired) == ["absorb_into_reader"]
-    assert fired["absorb_into_reader"][0].where == "net.p"
+    assert list(fired) == ["fold_permutations"]
+    assert fired["fold_permutations"][0].where == "net.p"
 
 
 def test_the_inputs_whose_numbers_shaped_the_graph_are_named() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from padst_compiler.ops import LINEAR
-from padst_compiler.passes.absorb_into_reader import AbsorbIntoReader
+from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 permute = torch.ops.padst.permute
@@ -48,7 +48,7 @@ def whole_blocks(size: int, side: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(3, I), (2, 3, I)])
 def test_a_dense_reader_absorbs_any_map(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w, b: F.linear(permute(x, p), w, b),
         x(*shape),
         p=torch.randperm(I),
@@ -63,7 +63,7 @@ def test_a_dense_reader_absorbs_any_map(rewrite: Rewrite, shape: tuple[int, ...]
 
 def test_a_dense_reader_without_bias_absorbs_any_map(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: F.linear(permute(x, p), w),
         x(2, 3, I),
         p=torch.randperm(I),
@@ -76,13 +76,13 @@ def test_a_tied_weight_is_reordered_for_one_reader_only(rewrite: Rewrite) -> Non
     def run(x: Tensor, p: Tensor, w: Tensor) -> Tensor:
         return F.linear(F.linear(permute(x, p), w).relu(), w)
 
-    result = rewrite(AbsorbIntoReader(), run, x(3, I), p=torch.randperm(I), w=x(I, I))
+    result = rewrite(FoldPermutations(), run, x(3, I), p=torch.randperm(I), w=x(I, I))
     assert result.after == ["mm", "relu", "mm"]
 
 
 def test_addmm_with_factors_keeps_them(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w, b: torch.addmm(b, permute(x, p), w, beta=0.5, alpha=3.0),
         x(3, I),
         p=torch.randperm(I),
@@ -103,7 +103,7 @@ def test_fan_in_and_unstructured_readers_absorb_any_map(
 ) -> None:
     bias = {"bias": x(O)} if with_bias else {}
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         reader(structure),
         x(*shape),
         p=torch.randperm(I),
@@ -117,7 +117,7 @@ def test_fan_in_and_unstructured_readers_absorb_any_map(
 @pytest.mark.parametrize("structure", [FanIn(), Unstructured(), Block(4)], ids=lambda s: s.name)
 def test_the_report_names_the_map_and_its_reader(rewrite: Rewrite, structure: Structure) -> None:
     given = {"p": whole_blocks(I, 4), **stored(structure)}
-    result = rewrite(AbsorbIntoReader(), reader(structure), x(3, I), **given)
+    result = rewrite(FoldPermutations(), reader(structure), x(3, I), **given)
     assert result.fired == [f"columns of indices ({structure.name}_linear)"]
     assert result.where == ["p"]
 
@@ -136,7 +136,7 @@ def test_a_structured_reader_absorbs_its_symmetry(
     rewrite: Rewrite, structure: Structure, shape: Shape, table: Callable[[], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         reader(structure, shape.out_features),
         x(3, I),
         p=table(),
@@ -160,7 +160,7 @@ def test_a_map_outside_the_readers_symmetry_is_left(
     rewrite: Rewrite, structure: Structure, shape: Shape, table: Callable[[], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         reader(structure, shape.out_features),
         x(3, I),
         p=table(),
@@ -178,7 +178,7 @@ def test_views_and_copies_that_keep_the_axis_are_passed(rewrite: Rewrite) -> Non
         y = permute(x, p).view(6, I).clone().reshape(3, 2, I).view(2, 3, I)
         return F.linear(y, w)
 
-    result = rewrite(AbsorbIntoReader(), run, x(2, 3, I), p=torch.randperm(I), w=x(O, I))
+    result = rewrite(FoldPermutations(), run, x(2, 3, I), p=torch.randperm(I), w=x(O, I))
     assert "permute" not in result.after
     assert "clone" in result.after
 
@@ -200,7 +200,7 @@ def test_anything_else_between_stops_it(
     rewrite: Rewrite, between: Callable[[Tensor], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: F.linear(between(permute(x, p)), w),
         x(I, I),
         p=torch.randperm(I),
@@ -212,7 +212,7 @@ def test_anything_else_between_stops_it(
 
 def test_a_slice_between_stops_it(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: F.linear(permute(x, p)[..., :8], w),
         x(3, I),
         p=torch.randperm(I),
@@ -234,7 +234,7 @@ def test_a_reader_that_is_no_linear_keeps_the_map(
     rewrite: Rewrite, read: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: read(permute(x, p), w),
         x(3, I),
         p=torch.randperm(I),
@@ -252,7 +252,7 @@ def test_two_readers_of_one_map_both_absorb_it(rewrite: Rewrite) -> None:
         y = permute(x, p)
         return F.linear(y, q) * F.linear(y, k)
 
-    result = rewrite(AbsorbIntoReader(), run, x(3, I), p=torch.randperm(I), q=x(O, I), k=x(O, I))
+    result = rewrite(FoldPermutations(), run, x(3, I), p=torch.randperm(I), q=x(O, I), k=x(O, I))
     assert result.after == ["mm", "mm", "mul"]
     assert len(result.fired) == 2
 
@@ -262,7 +262,7 @@ def test_a_map_whose_result_leaves_the_graph_stays_for_that_reader(rewrite: Rewr
         y = permute(x, p)
         return y, F.linear(y, w)
 
-    result = rewrite(AbsorbIntoReader(), run, x(3, I), p=torch.randperm(I), w=x(O, I))
+    result = rewrite(FoldPermutations(), run, x(3, I), p=torch.randperm(I), w=x(O, I))
     assert result.after == ["permute", "mm"]
     assert result.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0].args[
         0
@@ -276,7 +276,7 @@ def test_a_reader_that_refuses_does_not_stop_another(rewrite: Rewrite) -> None:
         return z + F.linear(y, w)
 
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         run,
         x(3, I),
         p=torch.arange(I).roll(1),
@@ -289,7 +289,7 @@ def test_a_reader_that_refuses_does_not_stop_another(rewrite: Rewrite) -> None:
 
 def test_a_map_that_is_not_frozen_is_left(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: F.linear(permute(x, p), w),
         x(3, I),
         torch.randperm(I),
@@ -301,7 +301,7 @@ def test_a_map_that_is_not_frozen_is_left(rewrite: Rewrite) -> None:
 
 def test_a_dense_weight_that_is_not_frozen_is_left(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, w, p: F.linear(permute(x, p), w),
         x(3, I),
         x(O, I),
@@ -320,13 +320,13 @@ def test_a_structured_weight_that_is_not_frozen_is_left(rewrite: Rewrite, writte
         y: Tensor = op(permute(x, p), both["values"], both["indices"], None, O)
         return y
 
-    result = rewrite(AbsorbIntoReader(), run, x(3, I), loose, p=torch.randperm(I), **parts)
+    result = rewrite(FoldPermutations(), run, x(3, I), loose, p=torch.randperm(I), **parts)
     assert result.left == [FROZEN_WEIGHT]
 
 
 def test_two_inputs_multiplied_are_left(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, y, p: permute(x, p) @ y,
         x(3, I),
         x(I, 5),
@@ -337,7 +337,7 @@ def test_two_inputs_multiplied_are_left(rewrite: Rewrite) -> None:
 
 def test_half_precision_readers_absorb_too(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         lambda x, p, w: F.linear(permute(x, p), w),
         x(3, I).bfloat16(),
         p=torch.randperm(I),
@@ -349,7 +349,7 @@ def test_half_precision_readers_absorb_too(rewrite: Rewrite) -> None:
 @pytest.mark.parametrize("structure", [FanIn(), Block(4)], ids=lambda s: s.name)
 def test_symbolic_batches_stay_symbolic(rewrite: Rewrite, structure: Structure) -> None:
     result = rewrite(
-        AbsorbIntoReader(),
+        FoldPermutations(),
         reader(structure),
         x(2, 3, I),
         dynamic=True,

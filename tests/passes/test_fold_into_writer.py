@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from padst_compiler.ops import LINEAR
-from padst_compiler.passes.absorb_into_writer import AbsorbIntoWriter
+from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, Unstructured
 
 permute = torch.ops.padst.permute
@@ -40,7 +40,7 @@ def whole_blocks(size: int, side: int) -> Tensor:
 
 def test_the_map_moves_through_an_activation_into_a_dense_writer(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.gelu(F.linear(x, w, b)), p),
         x(3, I),
         **weights(),
@@ -56,7 +56,7 @@ def test_the_report_names_the_map(rewrite: Rewrite, keep: Net) -> None:
         h = F.linear(x, w, b)
         return permute(h, p), keep(h) if keep is torch.sum else 0
 
-    assert rewrite(AbsorbIntoWriter(), run, x(3, I), **weights()).where == ["p"]
+    assert rewrite(FoldPermutations(), run, x(3, I), **weights()).where == ["p"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_report_names_the_map(rewrite: Rewrite, keep: Net) -> None:
 )
 def test_pointwise_operations_let_it_through(rewrite: Rewrite, between: Net) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b, v: permute(between(F.linear(x, w, b), p, v), p),
         x(3, I),
         v=x(O),
@@ -94,13 +94,13 @@ def test_views_that_keep_the_axis_let_it_through(rewrite: Rewrite) -> None:
         h = F.linear(x, w, b).reshape(3, 2, O).clone()
         return permute(h.relu().view(6, O), p)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(2, 3, I), **weights())
+    result = rewrite(FoldPermutations(), run, x(2, 3, I), **weights())
     assert "permute" not in result.after
 
 
 def test_a_writer_without_bias(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w: permute(F.linear(x, w).relu(), p),
         x(2, 3, I),
         p=torch.randperm(O),
@@ -111,7 +111,7 @@ def test_a_writer_without_bias(rewrite: Rewrite) -> None:
 
 def test_a_late_bias_moves_with_it(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.linear(x, w) + b, p),
         x(2, 3, I),
         **weights(),
@@ -124,7 +124,7 @@ def test_two_writers_of_a_sum_both_change_their_rows(rewrite: Rewrite) -> None:
         sparse = LINEAR["fan_in"](x, values, indices, b, O)
         return permute(F.silu(F.linear(x, w, b)) * sparse, p)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), **weights(), **stored(FanIn()))
+    result = rewrite(FoldPermutations(), run, x(3, I), **weights(), **stored(FanIn()))
     assert sorted(result.after) == ["addmm", "fan_in_linear", "mul", "silu"]
     assert result.fired == ["rows of a dense linear, indices"]
 
@@ -133,7 +133,7 @@ def test_a_tied_weight_is_reordered_for_one_writer_only(rewrite: Rewrite) -> Non
     def run(x: Tensor, p: Tensor, w: Tensor, b: Tensor) -> Any:
         return F.linear(permute(F.linear(F.linear(x, w, b).relu(), w, b).relu(), p), w, b)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), p=torch.randperm(I), w=x(I, I), b=x(I))
+    result = rewrite(FoldPermutations(), run, x(3, I), p=torch.randperm(I), w=x(I, I), b=x(I))
     assert result.after == ["addmm", "relu", "addmm", "relu", "addmm"]
 
 
@@ -147,7 +147,7 @@ def test_a_tied_weight_is_reordered_for_one_writer_only(rewrite: Rewrite) -> Non
 )
 def test_an_operand_that_is_constant_along_the_axis_stays(rewrite: Rewrite, gate: Net) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(gate(F.linear(x, w, b), x), p),
         x(3, I),
         **weights(),
@@ -159,14 +159,14 @@ def test_a_frozen_vector_spreads_a_column_over_the_axis(rewrite: Rewrite) -> Non
     def run(x: Tensor, p: Tensor, w: Tensor, b: Tensor) -> Any:
         return permute(F.linear(x, w[:1]) * b, p)  # (3, 1) * (O,)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), **weights())
     assert "permute" not in result.after
 
 
 @pytest.mark.parametrize("bias", [(3, O), (O,), (1, O)])
 def test_any_bias_along_the_axis_is_reordered(rewrite: Rewrite, bias: tuple[int, ...]) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(torch.addmm(b, x, w, beta=2.0, alpha=0.5), p),
         x(3, I),
         p=torch.randperm(O),
@@ -195,7 +195,7 @@ def test_writers_with_independent_rows_absorb_any_map(
 ) -> None:
     bias = {"bias": x(O)} if with_bias else {}
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         writer(structure, O),
         x(*shape),
         p=torch.randperm(O),
@@ -219,7 +219,7 @@ def test_a_structured_writer_absorbs_its_symmetry(
     rewrite: Rewrite, structure: Structure, shape: Shape, table: Callable[[], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         writer(structure, shape.out_features),
         x(3, I),
         p=table(),
@@ -241,7 +241,7 @@ def test_a_map_outside_the_writers_symmetry_is_left(
     rewrite: Rewrite, structure: Structure, shape: Shape, table: Callable[[], Tensor]
 ) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         writer(structure, shape.out_features),
         x(3, I),
         p=table(),
@@ -280,7 +280,7 @@ def test_an_operation_that_is_not_proved_stops_it(
     rewrite: Rewrite, between: Net, name: str
 ) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(between(F.linear(x, w, b)).relu(), p),
         x(3, I),
         **weights(),
@@ -294,7 +294,7 @@ def test_an_operation_that_is_not_proved_stops_it(
 
 def test_random_numbers_stop_it(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.linear(x, w, b) * torch.rand(O, dtype=torch.float64), p),
         x(3, I),
         compare=False,
@@ -306,7 +306,7 @@ def test_random_numbers_stop_it(rewrite: Rewrite) -> None:
 
 def test_dropout_stops_it(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.dropout(F.linear(x, w, b), 0.5, training=True), p),
         x(3, I),
         compare=False,
@@ -318,7 +318,7 @@ def test_dropout_stops_it(rewrite: Rewrite) -> None:
 
 def test_a_residual_from_the_input_stops_it(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(x + F.linear(x, w, b), p),
         x(3, I),
         p=torch.randperm(I),
@@ -331,7 +331,7 @@ def test_a_residual_from_the_input_stops_it(rewrite: Rewrite) -> None:
 
 @pytest.mark.parametrize("shape", [(I,), (3, I)])
 def test_a_permuted_input_is_left(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
-    result = rewrite(AbsorbIntoWriter(), lambda x, p: permute(x, p), x(*shape), p=torch.randperm(I))
+    result = rewrite(FoldPermutations(), lambda x, p: permute(x, p), x(*shape), p=torch.randperm(I))
     assert result.after == ["permute"]
     assert result.left[0].startswith("it permutes a graph input (")
 
@@ -350,7 +350,7 @@ def test_another_reader_of_the_old_order_stops_it(rewrite: Rewrite, read: Net, w
         h = F.linear(x, w, b).relu()
         return permute(h, p), read(h)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), **weights())
     assert result.after == result.before
     assert result.left == [f"relu.default has another reader ({who})"]
 
@@ -360,7 +360,7 @@ def test_a_reader_further_up_stops_it_too(rewrite: Rewrite) -> None:
         h = F.linear(x, w, b)
         return permute(h.relu(), p) * h.sum(-1, keepdim=True)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), **weights())
     assert result.left == ["addmm.default has another reader (sum.dim_IntList)"]
 
 
@@ -369,7 +369,7 @@ def test_a_sum_over_the_axis_in_a_diamond_stops_it(rewrite: Rewrite) -> None:
         h = F.linear(x, w, b).exp()
         return permute(h / h.sum(-1, keepdim=True), p)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), **weights())
     assert result.left == ["exp.default has another reader (sum.dim_IntList)"]
 
 
@@ -378,7 +378,7 @@ def test_two_maps_of_one_tensor_stop_each_other(rewrite: Rewrite) -> None:
         h = F.linear(x, w, b)
         return permute(h, p), permute(h, q)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), q=torch.randperm(O), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), q=torch.randperm(O), **weights())
     assert result.fired == []
     assert result.left == ["addmm.default has another reader (permute.default)"] * 2
 
@@ -387,20 +387,20 @@ def test_a_chain_of_maps_moves_up_one_by_one(rewrite: Rewrite) -> None:
     def run(x: Tensor, p: Tensor, q: Tensor, w: Tensor, b: Tensor) -> Any:
         return permute(permute(F.linear(x, w, b), q).relu(), p)
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), q=torch.randperm(O), **weights())
+    result = rewrite(FoldPermutations(), run, x(3, I), q=torch.randperm(O), **weights())
     assert result.after == ["addmm", "relu"]
 
 
 def test_a_permuted_result_that_is_the_output_is_absorbed(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(), lambda x, p, w, b: permute(F.linear(x, w, b), p), x(3, I), **weights()
+        FoldPermutations(), lambda x, p, w, b: permute(F.linear(x, w, b), p), x(3, I), **weights()
     )
     assert result.after == ["addmm"]
 
 
 def test_a_map_that_is_not_frozen_is_left(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.linear(x, w, b), p),
         x(3, I),
         torch.randperm(O),
@@ -418,7 +418,7 @@ def test_a_dense_writer_that_is_not_frozen_is_left(rewrite: Rewrite, loose: str,
         both = {loose: loosened, **rest}
         return permute(F.linear(x, both["w"], both["b"]), both["p"])
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), given.pop(loose), **given)
+    result = rewrite(FoldPermutations(), run, x(3, I), given.pop(loose), **given)
     assert result.after == result.before
     assert result.left == [f"the writer's {what} is not frozen"]
 
@@ -431,13 +431,13 @@ def test_a_structured_writer_that_is_not_frozen_is_left(rewrite: Rewrite, loose:
     def run(x: Tensor, loosened: Tensor, **rest: Tensor) -> Any:
         return writer(FanIn(), O)(x, **{loose: loosened, **rest})
 
-    result = rewrite(AbsorbIntoWriter(), run, x(3, I), loosened, **given)
+    result = rewrite(FoldPermutations(), run, x(3, I), loosened, **given)
     assert result.left == ["the writer's weight is not frozen"]
 
 
 def test_a_broadcast_bias_is_left(rewrite: Rewrite) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(torch.addmm(b, x, w), p),
         x(3, I),
         p=torch.randperm(O),
@@ -450,7 +450,7 @@ def test_a_broadcast_bias_is_left(rewrite: Rewrite) -> None:
 def test_half_precision_writers_absorb_too(rewrite: Rewrite) -> None:
     halves = {k: v if k == "p" else v.bfloat16() for k, v in weights().items()}
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         lambda x, p, w, b: permute(F.gelu(F.linear(x, w, b)), p),
         x(3, I).bfloat16(),
         **halves,
@@ -461,7 +461,7 @@ def test_half_precision_writers_absorb_too(rewrite: Rewrite) -> None:
 @pytest.mark.parametrize("structure", [FanIn(), Block(4)], ids=lambda s: s.name)
 def test_symbolic_batches_stay_symbolic(rewrite: Rewrite, structure: Structure) -> None:
     result = rewrite(
-        AbsorbIntoWriter(),
+        FoldPermutations(),
         writer(structure, O),
         x(2, 3, I),
         dynamic=True,
