@@ -1,9 +1,10 @@
-"""Turn the maps that remain into ATen gathers, which Inductor fuses with their neighbours.
+"""Turn the maps that remain into ATen movements, which Inductor fuses with their neighbours.
 
     before   y = padst.permute(x, p)
     after    y = index_select(x, -1, p)
+    or       y = views, rolls and flips of x, where a formula says p: no table is loaded
 
-Every map that is lowered here is reported as left: it costs a gather.
+Every map that is lowered here is reported as left: it costs a movement.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from padst_compiler.index_map import invert
 from padst_compiler.rewrite import Facts, Refusal, Report, inline
+from padst_compiler.symbolic import recognise
 
 __all__ = ["LowerMaps"]
 
@@ -37,12 +39,17 @@ class LowerMaps:
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target not in lowered:
                 continue
-            if len(node.args) == 2:
-                left.append(
-                    Refusal(facts.owner(node), "a gather remains, fused with its neighbours")
-                )
             operands = [a for a in node.args if isinstance(a, fx.Node)]
-            new = inline(graph, node, lowered[node.target], operands, facts.table)
+            lower = lowered[node.target]
+            if len(operands) == 2:
+                known = facts.map_of(operands[1])
+                symbolic = None if known is None else recognise(known)
+                what = "a gather remains"
+                if symbolic is not None:
+                    facts.rely_on(operands.pop())
+                    lower, what = symbolic.laid_out, f"a movement by {symbolic.formula} remains"
+                left.append(Refusal(facts.owner(node), f"{what}, fused with its neighbours"))
+            new = inline(graph, node, lower, operands, facts.table)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         return Report(self.name, (), tuple(left))

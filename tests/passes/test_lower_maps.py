@@ -12,6 +12,7 @@ from padst_compiler.rewrite import Facts
 
 permute, inverse = torch.ops.padst.permute, torch.ops.padst.invert
 Rewrite = Callable[..., Any]
+IRREGULAR = torch.tensor([3, 1, 4, 0, 7, 6, 2, 5])
 REMAINS = "a gather remains, fused with its neighbours"
 
 
@@ -21,14 +22,37 @@ def x(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
 def test_a_map_becomes_a_gather(rewrite: Rewrite, shape: tuple[int, ...]) -> None:
-    table = torch.randperm(8)
+    table = IRREGULAR
     result = rewrite(LowerMaps(), lambda x, p: permute(x, p), x(*shape), p=table)
     assert (result.before, result.after) == (["permute"], ["index_select"])
     assert (result.left, result.where) == ([REMAINS], ["p"])
 
 
+FORMULAS = {
+    "roll": torch.arange(8).roll(3),
+    "flip": torch.arange(8).flip(0),
+    "channel shuffle": torch.arange(8).view(2, 4).T.flatten(),
+    "heads roll": torch.arange(8).view(4, 2).roll(1, 0).flatten(),
+    "halves turn within": torch.arange(8).view(2, 4).roll(2, 1).flatten(),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_formula_loads_no_table(rewrite: Rewrite, name: str, turned: bool) -> None:
+    def run(x: Tensor, p: Tensor) -> Tensor:
+        moved: Tensor = permute(x.mT if turned else x, p)
+        return moved.view(-1).exp()
+
+    result = rewrite(LowerMaps(), run, x(3, 8, 8), p=FORMULAS[name])
+    assert "permute" in result.before
+    assert not {"index_select", "index", "gather", "padst"} & set(result.after)
+    (said,) = result.left
+    assert said.startswith("a movement by ") and "j" in said and result.where == ["p"]
+
+
 def test_an_inverse_becomes_plain_torch_and_costs_no_gather(rewrite: Rewrite) -> None:
-    result = rewrite(LowerMaps(), lambda p: inverse(p), torch.randperm(8))
+    result = rewrite(LowerMaps(), lambda p: inverse(p), IRREGULAR)
     assert "invert" not in result.after
     assert result.left == []
 
@@ -38,16 +62,14 @@ def test_every_map_is_counted_once(rewrite: Rewrite) -> None:
         once = permute(x, p)
         return once, permute(once.relu(), inverse(q))
 
-    result = rewrite(LowerMaps(), run, x(3, 8), p=torch.randperm(8), q=torch.randperm(8))
+    result = rewrite(LowerMaps(), run, x(3, 8), p=IRREGULAR, q=IRREGULAR)
     assert result.left == [REMAINS, REMAINS]
     assert not {"permute", "invert"} & set(result.after)
 
 
 def test_half_precision_and_symbolic_batches(rewrite: Rewrite) -> None:
     half = torch.randn(3, 8).bfloat16()
-    result = rewrite(
-        LowerMaps(), lambda x, p: permute(x, p), half, dynamic=True, p=torch.randperm(8)
-    )
+    result = rewrite(LowerMaps(), lambda x, p: permute(x, p), half, dynamic=True, p=IRREGULAR)
     gather = next(n for n in result.graph.nodes if n.target is torch.ops.aten.index_select.default)
     assert isinstance(gather.meta["val"].shape[0], torch.SymInt)
 
@@ -55,7 +77,7 @@ def test_half_precision_and_symbolic_batches(rewrite: Rewrite) -> None:
 def test_a_joint_graph_gets_operators_that_it_may_still_hold() -> None:
     table = inductor_decompositions()
     mode = FakeTensorMode()
-    fakes = [mode.from_tensor(t) for t in (x(3, 8), torch.randperm(8))]
+    fakes = [mode.from_tensor(t) for t in (x(3, 8), IRREGULAR)]
     traced = trace_aten(lambda x, p: permute(x, inverse(p)), fakes, table=table)
     LowerMaps()(traced.graph, Facts(table=table))
     traced.recompile()
