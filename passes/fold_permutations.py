@@ -79,10 +79,11 @@ def _share(graph: fx.Graph, permutes: list[fx.Node], facts: Facts) -> list[Rule]
         key = (x, perm.name.encode() if known is None else known.perm.numpy().tobytes())
         twin = first.setdefault(key, node)
         if twin is not node:
-            for other in (node, twin):
-                held = other.args[1]
-                assert isinstance(held, fx.Node)
-                facts.rely_on(held)
+            if known is not None:
+                for other in (node, twin):
+                    held = other.args[1]
+                    assert isinstance(held, fx.Node)
+                    facts.rely_on(held)
             fired.append(Rule(facts.owner(node), f"shares the movement of {facts.owner(twin)}"))
             node.replace_all_uses_with(twin)
             graph.erase_node(node)

@@ -119,6 +119,8 @@ def regroup(dims: Dims, shape: Sequence[Size]) -> Dims | None:
         >>> [[f.size for f in factors] for factors in heads], heads[1][0].field is heads[2][0].field
         ([[4], [2], [3]], True)
     """
+    if 0 in shape:
+        return None  # nothing is moved, and a size of nothing says nothing
     queue = [factor for factors in dims for factor in factors]
     done: list[list[Factor]] = []
     at = 0
