@@ -81,14 +81,10 @@ class Facts:
 
     def is_frozen(self, node: object) -> bool:
         """Whether ``node`` depends on frozen placeholders, and beside them on constants only."""
-        return isinstance(node, fx.Node) and self._settled(node) and self._known[node]
+        return isinstance(node, fx.Node) and self.is_settled(node) and self._known[node]
 
     def is_settled(self, node: fx.Node) -> bool:
-        """Whether ``node`` is frozen, or depends on constants only."""
-        return self._settled(node)
-
-    def _settled(self, node: fx.Node) -> bool:
-        """Whether ``node`` never changes; ``_known`` then says if a placeholder is in it.
+        """Whether ``node`` never changes: it is frozen, or depends on constants only.
 
         Asked from inputs to outputs it goes one node deep: what is live stays known as such.
         """
@@ -103,7 +99,7 @@ class Facts:
             settled, known = node in self.frozen, True
         else:
             settled = node.op == "call_function" and not is_random(node)
-            settled = settled and all(self._settled(n) for n in node.all_input_nodes)
+            settled = settled and all(self.is_settled(n) for n in node.all_input_nodes)
             known = settled and any(self._known[n] for n in node.all_input_nodes)
         if settled:
             self._known[node] = known
@@ -116,7 +112,7 @@ class Facts:
 
         A pass that fires because of them must say so with ``rely_on``.
         """
-        if not self._settled(node):
+        if not self.is_settled(node):
             return None
         return IndexMap.of(self._value(node))
 
@@ -152,9 +148,8 @@ class Facts:
             if current in self.names:
                 seen.append(self.names[current])
             elif current is start or self.is_frozen(current):
-                queue += [
-                    n for n in current.all_input_nodes if self.is_frozen(n) or n in self.names
-                ]
+                near = current.all_input_nodes
+                queue += [n for n in near if self.is_frozen(n) or n in self.names]
         layers = [name for name in seen if not name.endswith("permutation")]
         return (layers or seen or [node.name])[0]
 

@@ -1,7 +1,6 @@
 """Graph to graph: fold permutations away, choose how every structured operator runs.
 
-The order is meaning. The folds run again after the choice: a site that was chosen dense absorbs
-every map.
+The order is meaning. The folds run again after the choice: a site chosen dense absorbs every map.
 """
 
 from padst_compiler.formulation import Candidates

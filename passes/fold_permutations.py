@@ -24,7 +24,7 @@ from torch import fx
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.analysis import Analysis
 from padst_compiler.passes.folding.choice import Orders, choose
-from padst_compiler.passes.folding.problem import Edge, Problem
+from padst_compiler.passes.folding.problem import ANY, Edge, Problem
 from padst_compiler.passes.folding.rewriting import Rewriter
 from padst_compiler.passes.folding.rules import RULES
 from padst_compiler.passes.folding.rules.pointwise import pointwise
@@ -79,10 +79,11 @@ def _share(graph: fx.Graph, permutes: list[fx.Node], facts: Facts) -> list[Rule]
         key = (x, perm.name.encode() if known is None else known.perm.numpy().tobytes())
         twin = first.setdefault(key, node)
         if twin is not node:
-            for other in (node, twin):
-                held = other.args[1]
-                assert isinstance(held, fx.Node)
-                facts.rely_on(held)
+            if known is not None:
+                for other in (node, twin):
+                    held = other.args[1]
+                    assert isinstance(held, fx.Node)
+                    facts.rely_on(held)
             fired.append(Rule(facts.owner(node), f"shares the movement of {facts.owner(twin)}"))
             node.replace_all_uses_with(twin)
             graph.erase_node(node)
@@ -141,10 +142,24 @@ def _obstacles(edge: Edge, problem: Problem, orders: Orders) -> str:
 
 def _first_obstacle(axis: Axis, order: IndexMap, problem: Problem) -> str:
     own = leaves(axis)
+    if not _keeps_apart(order, own):
+        return "the map mixes parts of an axis that are used apart"
     for endpoint in problem.endpoints:
         shared = leaves(endpoint.axis)
-        if set(own) & set(shared):
+        if set(own) & set(shared) and endpoint.allows is not ANY:
             follows = endpoint.allows is not None and shared == own and endpoint.allows(order)
             if not follows and endpoint.why:
                 return endpoint.why
     return ""
+
+
+def _keeps_apart(order: IndexMap, spaces: Axis) -> bool:
+    """Whether an order of an axis is made of orders of its spaces."""
+    start = 0
+    for space in spaces[: len(spaces) - 1]:
+        assert isinstance(space.size, int)
+        run = order.perm[start : start + space.size]
+        if bool(((run < start) | (run >= start + space.size)).any()):
+            return False
+        start += space.size
+    return True

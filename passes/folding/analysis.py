@@ -32,8 +32,12 @@ from padst_compiler.rewrite import Facts
 
 __all__ = ["Analysis", "Rule", "Side", "on_live", "unknown"]
 
-Side: TypeAlias = tuple[tuple[Factor, ...], fx.Node, int]
-"""The factors of one dimension of one operand."""
+Side: TypeAlias = tuple[tuple[Factor, ...], "fx.Node | None", int]
+"""The factors of one dimension of one operand; no operand where the result runs over them too.
+
+Data that is moved back before its reader leaves the reader's result in the old order: so it helps
+only where the result does not run over these factors.
+"""
 
 
 class Analysis:
@@ -144,6 +148,11 @@ class Analysis:
         """Return the place before ``reader`` reads ``operand``."""
         return Gather(operand, dim, reader, self.bytes(operand))
 
+    def _beside(self, side: Side, reader: fx.Node) -> Gather | None:
+        """Return the place before ``reader`` where a movement there helps one side of a pair."""
+        operand = side[1]
+        return None if operand is None else self.before(operand, side[2], reader)
+
     @staticmethod
     def bytes(node: fx.Node) -> float:
         """Return the size of a result."""
@@ -156,7 +165,7 @@ class Analysis:
         for one, two in pairs:
             if [f.size for f in one[0]] != [f.size for f in two[0]]:
                 for side in (one, two):
-                    self.pin(side[0], why, self.before(side[1], side[2], reader))
+                    self.pin(side[0], why, self._beside(side, reader))
                 continue
             for f, g in zip(one[0], two[0], strict=True):
                 if not f.same(g):
@@ -178,13 +187,15 @@ class Analysis:
     def part(self, field: Field, held: list[int], side: Side, reader: fx.Node, why: str) -> None:
         """Fix the factors ``held`` of a field."""
         if len(field.sizes) == 1:
-            self.pin((field.whole,), why, self.before(side[1], side[2], reader))
+            self.pin((field.whole,), why, self._beside(side, reader))
         elif len(field.sizes) == 2 and len(set(held)) == 1:
             self.restrict(field, "inner" if held[0] == 0 else "outer", why)
         else:
             self.restrict(Field(field.axis, ()), "", why)
 
 
+BY_STRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
+"""What reads memory as it lies: what a movement would put before them lies in another way."""
 Rule: TypeAlias = Callable[[Analysis, fx.Node], None]
 
 
@@ -204,5 +215,9 @@ def unknown(analysis: Analysis, node: fx.Node) -> None:
     name = str(getattr(node.target, "__name__", node.target))
     why = f"{name} is not proved to move with a permutation"
     for operand in node.all_input_nodes:
-        analysis.fix(operand, node, why)
+        if node.target in BY_STRIDES and analysis.is_live(operand):
+            for factors in analysis.dims(operand):
+                analysis.pin(factors, why)
+        else:
+            analysis.fix(operand, node, why)
     analysis.fix_result(node, why)

@@ -1,26 +1,24 @@
 """Choose an order for every space: the least bytes moved.
 
-A map between two spaces vanishes where the order of one is that of the other behind the map. So the
-orders worth trying for a group of spaces that maps join are those that make one of them the
-identity; all others follow from it along the maps.
+What fixes or follows an order is a cost of one space, a map or a coupling a cost of two; the sum is
+minimised for each group of spaces that these join.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import networkx as nx
 import numpy as np
-import torch
 
 from padst_compiler.index_map import IndexMap
+from padst_compiler.passes.folding.labels import Labels, identity, joined, key_of
 from padst_compiler.passes.folding.problem import ANY, Coupling, Edge, Endpoint, Problem
 from padst_compiler.passes.folding.solver import LARGE, Table, minimise
 from padst_compiler.passes.folding.spaces import Axis, Space, leaves, total
 
 __all__ = ["Orders", "choose"]
 
-MOST = 96  # orders that one space may choose from
 IN_PLACE = 0.9  # a map that stays costs less than one elsewhere: it fuses, and nothing is rebuilt
 
 
@@ -40,8 +38,8 @@ class Orders:
         spaces = leaves(axis)
         if not any(space in self._of for space in spaces):
             size = total(spaces)
-            return _identity(size if isinstance(size, int) else 0)
-        return _joined([self._of.get(space) or _identity(space.size) for space in spaces])
+            return identity(size if isinstance(size, int) else 0)
+        return joined([self._of.get(space) or identity(space.size) for space in spaces])
 
     def moves(self, axis: Axis) -> bool:
         """Whether an axis has another order than before."""
@@ -51,7 +49,7 @@ class Orders:
 def choose(problem: Problem) -> Orders:
     """Return the orders of least cost."""
     orders = Orders()
-    tried = _Labels(problem)
+    tried = Labels(problem)
     spaces = list(tried.of)
     if not spaces:
         return orders
@@ -77,79 +75,17 @@ def choose(problem: Problem) -> Orders:
     return orders
 
 
-class _Labels:
-    """For every space that a map or a coupling touches the orders to try, the identity first."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.of: dict[Space, list[IndexMap]] = {}
-        self._seen: dict[Space, set[bytes]] = {}
-        graph = nx.MultiGraph()
-        wishes: list[tuple[Space, IndexMap]] = []
-        for edge in problem.edges:
-            source, target = leaves(edge.source), leaves(edge.target)
-            if len(source) == len(target) == 1:
-                graph.add_edge(source[0], target[0], edge=edge)
-            elif len(target) == 1:
-                wishes.append((target[0], edge.perm.inverse))
-            elif len(source) == 1:
-                wishes.append((source[0], edge.perm))
-        graph.add_nodes_from(space for space, _ in wishes)
-        for group in nx.connected_components(graph):
-            self._fill(graph.subgraph(group), [w for w in wishes if w[0] in group])
-        for _ in range(2):
-            for coupling in problem.couplings:
-                self._lift(coupling)
-
-    def _fill(self, graph: nx.MultiGraph, wishes: Sequence[tuple[Space, IndexMap]]) -> None:
-        spaces = list(graph.nodes)
-        root = max(spaces, key=graph.degree)
-        along = {root: _identity(root.size)}  # the orders that leave no residue on a tree of maps
-        for one, two in nx.bfs_edges(graph, root):
-            edge: Edge = next(iter(graph.get_edge_data(one, two).values()))["edge"]
-            forward = leaves(edge.source)[0] is one
-            step = edge.perm.inverse if forward else edge.perm
-            along[two] = step.then(along[one])
-        shifts = [_identity(root.size)]
-        shifts += [along[space].inverse for space in spaces]
-        shifts += [along[space].inverse.then(order) for space, order in wishes]
-        for space in spaces:
-            self._add(space, _identity(space.size))
-            for shift in shifts:
-                self._add(space, along[space].then(shift))
-
-    def _add(self, space: Space, order: IndexMap) -> None:
-        key, seen = order.perm.numpy().tobytes(), self._seen.setdefault(space, set())
-        if key not in seen and len(seen) < MOST:
-            seen.add(key)
-            self.of.setdefault(space, []).append(order)
-
-    def _lift(self, coupling: Coupling) -> None:
-        one, two = leaves(coupling.one.axis), leaves(coupling.two.axis)
-        if len(one) != 1 or len(two) != 1:
-            return
-        for a, b, own, theirs in (
-            (one[0], two[0], coupling.one, coupling.two),
-            (two[0], one[0], coupling.two, coupling.one),
-        ):
-            features, other = own.sizes[1], theirs.sizes[1]
-            assert isinstance(features, int) and isinstance(other, int)
-            for order in list(self.of.get(a, ())):
-                split = order.blocks(features)
-                if split is not None and not order.is_identity:
-                    moved = split.outer.view(-1, 1) * other + torch.arange(other)
-                    self._add(b, _identity(b.size))
-                    self._add(b, IndexMap(moved.flatten()))
-
-
 def _endpoint(endpoint: Endpoint, axis: Axis, space: Space, orders: list[IndexMap]) -> Table:
     """Return what each order of a space costs at an endpoint."""
     cost = np.zeros(len(orders))
+    if not all(isinstance(s.size, int) for s in axis):  # an order needs numbers
+        return np.array([0.0 if order.is_identity else LARGE for order in orders])
     if endpoint.allows is ANY:
         return cost
     otherwise = LARGE if endpoint.gather is None else endpoint.gather.bytes
     for at, order in enumerate(orders):
         if not order.is_identity:
-            whole = _joined([order if s is space else _identity(s.size) for s in axis])
+            whole = joined([order if s is space else identity(s.size) for s in axis])
             allowed = endpoint.allows is not None and endpoint.allows(whole)
             cost[at] = 0.0 if allowed else otherwise
     return cost
@@ -157,7 +93,7 @@ def _endpoint(endpoint: Endpoint, axis: Axis, space: Space, orders: list[IndexMa
 
 def _add_edge(
     edge: Edge,
-    tried: _Labels,
+    tried: Labels,
     place: dict[Space, int],
     unary: list[Table],
     pairs: dict[tuple[int, int], Table],
@@ -168,10 +104,10 @@ def _add_edge(
     one = source[0] if len(source) == 1 else None
     two = target[0] if len(target) == 1 else None
     if one is not None and two is not None and one is not two:
-        keys = {_key(order): at for at, order in enumerate(tried.of[one])}
+        keys = {key_of(order): at for at, order in enumerate(tried.of[one])}
         table = np.full((len(tried.of[one]), len(tried.of[two])), cost)
         for at, order in enumerate(tried.of[two]):
-            match = keys.get(_key(edge.perm.then(order)))
+            match = keys.get(key_of(edge.perm.then(order)))
             if match is not None:
                 table[match, at] = 0.0
         _add_pair(pairs, place[one], place[two], table)
@@ -180,12 +116,12 @@ def _add_edge(
             unary[place[two]][at] += 0.0 if edge.perm.then(order).is_identity else cost
     elif two is None and one is not None:
         for at, order in enumerate(tried.of[one]):
-            unary[place[one]][at] += 0.0 if _key(order) == _key(edge.perm) else cost
+            unary[place[one]][at] += 0.0 if key_of(order) == key_of(edge.perm) else cost
 
 
 def _add_coupling(
     coupling: Coupling,
-    tried: _Labels,
+    tried: Labels,
     place: dict[Space, int],
     unary: list[Table],
     pairs: dict[tuple[int, int], Table],
@@ -236,22 +172,3 @@ def _graph(count: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph:
     graph.add_nodes_from(range(count))
     graph.add_edges_from(pairs)
     return graph
-
-
-def _joined(orders: Sequence[IndexMap]) -> IndexMap:
-    if len(orders) == 1:
-        return orders[0]
-    parts, start = [], 0
-    for order in orders:
-        parts.append(order.perm + start)
-        start += order.size
-    return IndexMap(torch.cat(parts))
-
-
-def _identity(size: object) -> IndexMap:
-    assert isinstance(size, int)
-    return IndexMap(torch.arange(size))
-
-
-def _key(order: IndexMap) -> bytes:
-    return order.perm.numpy().tobytes()

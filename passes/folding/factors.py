@@ -7,6 +7,7 @@ heads stays possible until somebody uses heads or their features apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -106,12 +107,16 @@ def settled(dims: Dims) -> Dims:
     )
 
 
-def regroup(dims: Dims, shape: Sequence[Size]) -> Dims | None:
+def regroup(
+    dims: Dims, shape: Sequence[Size], fix: Callable[[Sequence[Factor]], None] | None = None
+) -> Dims | None:
     """Return what the dimensions of a view run over; None where no factors say it.
 
     Args:
         dims: of the tensor that is viewed.
         shape: of the view, as many elements.
+        fix: is told the factors before and after where none say it for a run of dimensions, as 2 x
+            3 seen as 3 x 2; the other dimensions are regrouped. Without it the answer is None.
 
     Example:
         >>> (rows,), (columns,) = dims = fresh([4, 6])
@@ -119,32 +124,62 @@ def regroup(dims: Dims, shape: Sequence[Size]) -> Dims | None:
         >>> [[f.size for f in factors] for factors in heads], heads[1][0].field is heads[2][0].field
         ([[4], [2], [3]], True)
     """
+    if 0 in shape:
+        return None  # nothing is moved, and a size of nothing says nothing
     queue = [factor for factors in dims for factor in factors]
     done: list[list[Factor]] = []
     at = 0
-    for size in shape:
+    while len(done) < len(shape):
+        size = shape[len(done)]
         taken: list[Factor] = []
         product: Size = 1
         while product != size:
-            if at == len(queue):
-                return None
-            factor = queue[at]
-            if _divides(product * factor.size, size):
+            factor = queue[at] if at < len(queue) else None
+            if factor is not None and _divides(product * factor.size, size):
                 taken.append(factor)
                 product, at = product * factor.size, at + 1
                 continue
-            if not (isinstance(product, int) and isinstance(size, int) and size % product == 0):
-                return None
-            first, here = size // product, factor.size
-            if not isinstance(here, int) or here % first:
-                return None
+            first = _first(factor, product, size)
+            if factor is None or first is None:
+                break
             divide = _divider(factor, first)
             queue = [new for old in queue for new in divide(old)]
             done = [[new for old in part for new in divide(old)] for part in done]
             taken = [new for old in taken for new in divide(old)]
             at = sum(map(len, done)) + len(taken)
-        done.append(taken)
+        else:
+            done.append(taken)
+            continue
+        start = at - len(taken)
+        met = _meeting([f.size for f in queue[start:]], shape[len(done) :])
+        if fix is None or met is None:
+            return None
+        made = fresh(shape[len(done) : len(done) + met[1]])
+        mine = [f for factors in made for f in factors]
+        fix([*queue[start : start + met[0]], *mine])
+        queue[start : start + met[0]] = mine
+        done += [list(factors) for factors in made]
+        at = start + len(mine)
     return None if at < len(queue) else settled(tuple(tuple(part) for part in done))
+
+
+def _first(factor: Factor | None, product: Size, size: Size) -> int | None:
+    """Return by what to divide a factor so that its first part completes ``size``."""
+    if factor is None or not (isinstance(product, int) and isinstance(size, int)):
+        return None
+    first, here = size // product, factor.size
+    divides = size % product == 0 and isinstance(here, int) and here % first == 0
+    return first if divides else None
+
+
+def _meeting(one: Sequence[Size], two: Sequence[Size]) -> tuple[int, int] | None:
+    """Return the fewest leading sizes of both with one product."""
+    sums = [list(itertools.accumulate(sizes, lambda a, b: a * b)) for sizes in (one, two)]
+    for i, product in enumerate(sums[0]):
+        for j, other in enumerate(sums[1]):
+            if product == other:
+                return i + 1, j + 1
+    return None
 
 
 def _divider(factor: Factor, first: int) -> Callable[[Factor], list[Factor]]:

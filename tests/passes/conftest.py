@@ -27,6 +27,11 @@ class Rewritten:
     where: list[str]
     graph: fx.Graph
 
+    @property
+    def moves(self) -> int:
+        """How often data that depend on an input are moved."""
+        return sum(name in ("permute", "index_select", "index") for name in self.after)
+
 
 def operators(graph: fx.Graph, inputs: int) -> list[str]:
     """Name the operators that read one of the first placeholders, directly or not."""

@@ -1,6 +1,7 @@
 """One rule an operator; what has none, and is not pointwise by its tag, fixes what it touches."""
 
 from padst_compiler.passes.folding.rules import (
+    attention,
     channels,
     movement,
     parts,
@@ -16,6 +17,7 @@ RULES = (
     | movement.RULES
     | parts.RULES
     | products.RULES
+    | attention.RULES
     | channels.RULES
     | reductions.RULES
 )

@@ -10,7 +10,7 @@ from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unkn
 from padst_compiler.passes.folding.factors import Dims, Field, fresh
 from padst_compiler.passes.folding.problem import Endpoint, apart
 from padst_compiler.passes.folding.rules.pointwise import follow, reordered
-from padst_compiler.passes.folding.spaces import Size, Space
+from padst_compiler.passes.folding.spaces import Size, Space, size_of
 from padst_compiler.rewrite import ATEN, shape_of
 
 __all__ = ["RULES"]
@@ -61,9 +61,8 @@ def group_norm(analysis: Analysis, node: fx.Node) -> None:
     allows = apart((groups, channels // groups), "heads")
     axis = dims[1][0].field.axis
     why = "the map mixes the groups of a norm"
-    analysis.problem.endpoints.append(
-        Endpoint(axis, why, allows, gather=analysis.before(x, 1, node))
-    )
+    analysis.problem.endpoints.append(Endpoint(axis, why, allows))
+    analysis.checked((dims[0],))  # statistics of one sample
     for vector in vectors:
         follow(analysis, node, vector, dims[:2], "a norm's weight")
     analysis.table[node] = [analysis.checked(dims)]
@@ -126,24 +125,24 @@ def pooling(analysis: Analysis, node: fx.Node) -> None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     dims = analysis.dims(x)
-    space = list(range(2, len(dims)))
+    space = [len(dims) - 2, len(dims) - 1]
     if len(dims) < 3:
         unknown(analysis, node)
         return
     analysis.fix(x, node, "pooling reads neighbours", space)
     first = node if shape_of(node) is not None else None
     if first is not None:
-        analysis.keep(node, (*dims[:2], *_pinned(analysis, node, space)))
+        analysis.keep(node, (*dims[:-2], *_pinned(analysis, node, space)))
         return
     # Results and positions, of one shape.
     values = node.meta["val"]
     results: list[Dims | None] = []
     for value in values:
-        sizes = [int(n) if isinstance(n, int) else 0 for n in value.shape[2:]]
+        sizes = [size_of(n) for n in value.shape[-2:]]
         pooled = fresh(sizes)
         for factors in pooled:
             analysis.pin(factors, "pooling reads neighbours")
-        results.append(analysis.checked((*dims[:2], *pooled)))
+        results.append(analysis.checked((*dims[:-2], *pooled)))
     analysis.table[node] = results
 
 

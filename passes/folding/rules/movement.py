@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
-from padst_compiler.passes.folding.factors import fresh, regroup
+from padst_compiler.passes.folding.factors import Factor, fresh, regroup
 from padst_compiler.passes.folding.rules.pointwise import follow
 from padst_compiler.rewrite import ATEN
 
@@ -20,8 +21,12 @@ def same(analysis: Analysis, node: fx.Node) -> None:
 
 
 def view(analysis: Analysis, node: fx.Node) -> None:
-    """Dimensions split and merge."""
-    dims = regroup(analysis.dims(_operand(node)), analysis.shape(node))
+    """Dimensions split and merge; what they do not split evenly keeps its order."""
+
+    def fix(factors: Sequence[Factor]) -> None:
+        analysis.pin(factors, "a view cuts across an axis")
+
+    dims = regroup(analysis.dims(_operand(node)), analysis.shape(node), fix)
     if dims is None:
         unknown(analysis, node)
     else:

@@ -72,9 +72,8 @@ def getitem(analysis: Analysis, node: fx.Node) -> None:
         known[at] if isinstance(known, list) and isinstance(at, int) and at < len(known) else None
     )
     if dims is None:
-        analysis.fix_result(
-            node, f"{_name(_operand(node))} is not proved to move with a permutation"
-        )
+        name = getattr(_operand(node).target, "__name__", _operand(node).target)
+        analysis.fix_result(node, f"{name} is not proved to move with a permutation")
     else:
         analysis.keep(node, renewed(dims))
 

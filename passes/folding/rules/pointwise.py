@@ -9,7 +9,7 @@ from torch import fx
 
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.analysis import Analysis, Rule, Side, unknown
-from padst_compiler.passes.folding.factors import Dims, Field, fresh
+from padst_compiler.passes.folding.factors import Dims, Factor, Field, fresh
 from padst_compiler.passes.folding.problem import Edit
 from padst_compiler.passes.folding.rewriting import Rewriter
 from padst_compiler.rewrite import ATEN, shape_of
@@ -22,6 +22,9 @@ WHY = "another operand comes in another order"
 def pointwise(analysis: Analysis, node: fx.Node) -> None:
     """All operands share the order of every dimension; constants follow it."""
     operands = list(dict.fromkeys(node.all_input_nodes))
+    if shape_of(node) is None:  # several results
+        unknown(analysis, node)
+        return
     if any(shape_of(operand) is None for operand in operands):
         value = [o for o in operands if shape_of(o) is None and not _is_number(o)]
         if value:
@@ -49,7 +52,7 @@ def merged(
         skip: a dimension of the result that is left out.
     """
     rank = len(analysis.shape(node))
-    sides: list[list[Side]] = [[] for _ in range(rank)]
+    sides: list[list[tuple[tuple[Factor, ...], fx.Node, int]]] = [[] for _ in range(rank)]
     for operand in operands:
         own = analysis.dims(operand)
         for at, factors in enumerate(own):
@@ -60,8 +63,8 @@ def merged(
     count = {o: sum(bool(f) for f in analysis.dims(o)) for o in operands}
     leads = [max(side, key=lambda s: count[s[1]], default=None) for side in sides]
     for operand in operands:
-        pairs = [
-            (lead, side)
+        pairs: list[tuple[Side, Side]] = [
+            ((lead[0], None, lead[2]), side)
             for lead, mine in zip(leads, sides, strict=True)
             for side in mine
             if lead is not None and side[1] is operand and side is not lead

@@ -34,6 +34,11 @@ def permute(analysis: Analysis, node: fx.Node) -> None:
     if int(x.meta["val"].shape[-1]) != known.size:
         unknown(analysis, node)
         return
+    if known.size == 1:
+        axis = (Space(1),)
+        analysis.problem.edges.append(Edge(node, axis, axis, known, 0.0))
+        analysis.keep(node, renewed(dims))
+        return
     if axis is None:  # several factors, in the order that they are in
         why = "what it permutes is put together of parts"
         analysis.pin(dims[-1], why)
@@ -80,13 +85,13 @@ def matmul(analysis: Analysis, node: fx.Node) -> None:
     if isinstance(bias, fx.Node):
         if analysis.is_live(bias):
             own = analysis.dims(bias)
+            own_bias = None if bias in (a, b) else bias
             shift = rank - len(own)
             pairs: list[tuple[Side, Side]] = [
-                ((out[shift + at], node, shift + at), (f, bias, at))
+                ((out[shift + at], None, shift + at), (f, own_bias, at))
                 for at, f in enumerate(own)
                 if f
             ]
-            analysis.table[node] = out
             analysis.align(pairs, node, CONTRACTED)
         else:
             follow(analysis, node, bias, out, "a bias")
@@ -100,10 +105,13 @@ def _contract(
     (a, left), (b, right) = one, two
     rank = len(left)
     pairs: list[tuple[Side, Side]] = [
-        ((left[at], a, at), (right[at], b, at)) for at in range(rank - 2) if left[at] or right[at]
+        ((left[at], None, at), (right[at], None, at))
+        for at in range(rank - 2)
+        if left[at] or right[at]
     ]
     if left[rank - 1] or right[rank - 2]:
-        pairs.append(((left[rank - 1], a, rank - 1), (right[rank - 2], b, rank - 2)))
+        first, second = (None, None) if a is b else (a, b)
+        pairs.append(((left[rank - 1], first, rank - 1), (right[rank - 2], second, rank - 2)))
     analysis.align(pairs, node, CONTRACTED)
     # Heads stand with the features that they belong to.
     batch = left[: rank - 2]
@@ -153,10 +161,12 @@ def structured(analysis: Analysis, node: fx.Node) -> None:
     """A structured linear follows what its structure absorbs."""
     x, values, indices, bias, _ = node.args
     assert isinstance(x, fx.Node) and isinstance(values, fx.Node) and isinstance(indices, fx.Node)
-    weights = [w for w in (values, indices, bias) if w is not None]
+    weights = [w for w in (values, indices, bias) if isinstance(w, fx.Node)]
     if not analysis.is_live(x):
         unknown(analysis, node)
         return
+    for weight in weights:
+        analysis.fix(weight, node, "a weight comes in its own order")
     dims, kind = analysis.dims(x), node.target
     assert isinstance(kind, torch._ops.OpOverload)
     # Widths are those of weights: a symbol has one value only.
@@ -218,64 +228,10 @@ def _absorbs(structure: Structure, shape: Shape, side: str):  # type: ignore[no-
     return lambda order: absorbs(order, shape)
 
 
-def attention(analysis: Analysis, node: fx.Node) -> None:
-    """Scaled dot product attention: q and k agree, the result has the order of v."""
-    q, k, v = node.args[:3]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    mask = node.kwargs.get("attn_mask")
-    mask = mask if mask is not None else (node.args[3] if _takes_mask(node) else None)
-    live = all(analysis.is_live(t) for t in (q, k, v))
-    if not live or len({len(analysis.shape(t)) for t in (q, k, v)}) > 1:
-        unknown(analysis, node)
-        return
-    dq, dk, dv = analysis.dims(q), renewed(analysis.dims(k)), renewed(analysis.dims(v))
-    last, sides = len(dq) - 1, []
-    for at in range(last - 1):  # batch and heads
-        sides.append(((dq[at], q, at), (dk[at], k, at)))
-        sides.append(((dq[at], q, at), (dv[at], v, at)))
-    sides.append(((dq[last], q, last), (dk[last], k, last)))
-    sides.append(((dk[last - 1], k, last - 1), (dv[last - 1], v, last - 1)))
-    analysis.align([pair for pair in sides if pair[0][0] or pair[1][0]], node, CONTRACTED)
-    for dims, tensor in ((dq, q), (dk, k), (dv, v)):
-        analysis.checked(tuple(d for at, d in enumerate(dims) if at != last))
-        del tensor
-    if isinstance(mask, fx.Node):
-        if analysis.is_live(mask):
-            analysis.fix(mask, node, "a mask comes in its own order")
-        scores = (*dq[:last], dk[last - 1])
-        shape = analysis.shape(mask)
-        for at, size in enumerate(shape):
-            if size != 1:
-                analysis.pin(scores[len(scores) - len(shape) + at], "a mask comes in its own order")
-    if bool(node.kwargs.get("is_causal")) or _is_causal(node):
-        for dims, at in ((dq, last - 1), (dk, last - 1)):
-            analysis.pin(dims[at], "attention is causal")
-    out = (*dv[: last - 1], dq[last - 1], dv[last])
-    if node.target is ATEN.scaled_dot_product_attention.default:
-        analysis.keep(node, out)
-        return
-    analysis.table[node] = [analysis.checked(out)]
-
-
-def _takes_mask(node: fx.Node) -> bool:
-    return node.target is ATEN.scaled_dot_product_attention.default and len(node.args) > 3
-
-
-def _is_causal(node: fx.Node) -> bool:
-    return any(argument is True for argument in node.args[3:])
-
-
 RULES: dict[object, Rule] = (
     {torch.ops.padst.permute.default: permute}
     | dict.fromkeys(
         (ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default), matmul
     )
     | dict.fromkeys(LINEAR.values(), structured)
-    | dict.fromkeys(
-        (
-            ATEN.scaled_dot_product_attention.default,
-            ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        ),
-        attention,
-    )
 )
