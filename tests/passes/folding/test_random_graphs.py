@@ -63,7 +63,7 @@ class Program:
     # -- drawing ---------------------------------------------------------------------------------
 
     def number(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=self.source)
+        return torch.randn(shape, dtype=torch.float64, generator=self.source)
 
     def pick(self, *fits: Callable[[Tensor], bool]) -> int:
         found = [
@@ -159,7 +159,7 @@ class Program:
         self.add(F.linear, at, weight, *bias)
 
     def try_structured(self, at: int) -> None:
-        shapes = [Shape(n, self.pool[at].shape[-1]) for n in (4, 8, 12, 16)] * self.pool[at].dim()
+        shapes = [Shape(n, width) for n in (4, 8, 12, 16) for width in self.pool[at].shape[-1:]]
         kinds: list[Structure] = [Block(2), Block(4), FanIn(), Unstructured(), NM(m=4), Diagonal()]
         if not shapes or shapes[0].in_features % 4:
             return
