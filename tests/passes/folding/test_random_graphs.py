@@ -44,7 +44,7 @@ class Program:
         rules = [getattr(self, name) for name in dir(self) if name.startswith("try_")]
         self.try_linear(0)
         while len(self.steps) < steps:
-            rule = self.try_permute if self.rng.random() < 0.2 else self.rng.choice(rules)
+            rule = self.try_permute if self.rng.random() < 0.35 else self.rng.choice(rules)
             rule(self.pick())
         self.outputs = [at for at in range(3, len(self.pool)) if at not in self.used]
         self.seen = [self.rng.random() < 0.3 for _ in self.outputs]
@@ -367,7 +367,7 @@ def check(rewrite: Rewrite, seed: int, steps: int, pipeline: str) -> tuple[float
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
