@@ -367,7 +367,7 @@ def check(rewrite: Rewrite, seed: int, steps: int, pipeline: str) -> tuple[float
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
