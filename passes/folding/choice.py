@@ -136,7 +136,8 @@ def _add_coupling(
             [_heads(order, field.sizes[1]) for order in tried.of[space]]
             for space, field in ((one[0], coupling.one), (two[0], coupling.two))
         ]
-        table = np.array([[0.0 if a == b else LARGE for b in heads[1]] for a in heads[0]])
+        alike = [[a is not None and a == b for b in heads[1]] for a in heads[0]]
+        table = np.where(alike, 0.0, LARGE)
         _add_pair(pairs, place[one[0]], place[two[0]], table)
         return
     for axis, field in ((one, coupling.one), (two, coupling.two)):

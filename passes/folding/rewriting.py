@@ -61,10 +61,10 @@ class Rewriter:
         if where.reader is not None:
             self.replace(where.reader, where.node, _moved(where.dim), order.inverse)
             return
-        before = where.node.next
+        start = self._moved.get(where.node, where.node)
+        before = start.next
         while before.op == "placeholder":
             before = before.next
-        start = self._moved.get(where.node, where.node)
         new = inline(self.graph, before, _moved(where.dim), (start, self.order(order)))
         start.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._moved[where.node] = new

@@ -15,6 +15,8 @@ from padst_compiler.compat import trace_aten
 from padst_compiler.fold import fold
 from padst_compiler.rewrite import Pass
 
+MOVES = (torch.ops.padst.permute.default, torch.ops.aten.index_select.default)
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -27,21 +29,24 @@ class Rewritten:
     where: list[str]
     graph: fx.Graph
 
-    @property
-    def moves(self) -> int:
-        """How often data that depend on an input are moved."""
-        return sum(name in ("permute", "index_select", "index") for name in self.after)
+    moves: int
+    """How often data that depend on an input are moved."""
 
 
 def operators(graph: fx.Graph, inputs: int) -> list[str]:
     """Name the operators that read one of the first placeholders, directly or not."""
-    live = set([node for node in graph.nodes if node.op == "placeholder"][:inputs])
-    names = []
+    return [getattr(node.target, "__name__", "").split(".")[0] for node in live(graph, inputs)]
+
+
+def live(graph: fx.Graph, inputs: int) -> list[fx.Node]:
+    """Return the operators that read one of the first placeholders, directly or not."""
+    seen = set([node for node in graph.nodes if node.op == "placeholder"][:inputs])
+    found = []
     for node in graph.nodes:
-        if node.op == "call_function" and any(source in live for source in node.all_input_nodes):
-            live.add(node)
-            names.append(getattr(node.target, "__name__", "").split(".")[0])
-    return names
+        if node.op == "call_function" and any(source in seen for source in node.all_input_nodes):
+            seen.add(node)
+            found.append(node)
+    return found
 
 
 def rewritten(
@@ -84,6 +89,7 @@ def rewritten(
         [refusal.why for refusal in last.left],
         [rule.where for rule in last.fired] + [refusal.where for refusal in last.left],
         folded.graph_module.graph,
+        sum(node.target in MOVES for node in live(folded.graph_module.graph, len(inputs))),
     )
 
 

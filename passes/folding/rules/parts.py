@@ -10,7 +10,7 @@ from torch import fx
 
 from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import Dims, Factor, Field, fresh, renewed
-from padst_compiler.passes.folding.rules.pointwise import follow, merged
+from padst_compiler.passes.folding.rules.pointwise import WHY, follow, merged
 from padst_compiler.passes.folding.spaces import Space, cut_at, leaves
 from padst_compiler.rewrite import ATEN
 
@@ -144,6 +144,23 @@ def cat(analysis: Analysis, node: fx.Node) -> None:
     analysis.keep(node, tuple(dims))
 
 
+def stack(analysis: Analysis, node: fx.Node) -> None:
+    """Tensors of one order stand beside each other along a new dimension."""
+    operands, dim = node.args[0], _integer(node.args[1] if len(node.args) > 1 else 0)
+    assert isinstance(operands, list | tuple)
+    nodes = [o for o in operands if isinstance(o, fx.Node)]
+    if not all(analysis.is_live(o) for o in nodes):
+        unknown(analysis, node)
+        return
+    first, at = analysis.dims(nodes[0]), dim % len(analysis.shape(node))
+    for other in dict.fromkeys(nodes):
+        pairs = enumerate(zip(first, analysis.dims(other), strict=True))
+        analysis.align([((f, None, i), (g, other, i)) for i, (f, g) in pairs], node, WHY)
+    new = fresh([len(nodes)])
+    analysis.pin(new[0], _name(node))
+    analysis.keep(node, (*first[:at], *new, *first[at:]))
+
+
 def _run(analysis: Analysis, x: fx.Node, dim: int, start: int, stop: int) -> Dims | None:
     """Return the dimensions of ``x[start:stop]`` along a dimension that is one field."""
     dims = analysis.dims(x)
@@ -224,5 +241,6 @@ RULES: dict[object, Rule] = {
     ATEN.slice.Tensor: on_live(slice_),
     ATEN.index_select.default: on_live(positions),
     ATEN.cat.default: cat,
+    ATEN.stack.default: stack,
     operator.getitem: on_live(getitem),
 }
