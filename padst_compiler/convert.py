@@ -99,7 +99,7 @@ def from_description(
     _check_topology(structure, shape, indices, values, rows)
     side = fields["side"]
     _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
-    layer = site.layer
+    layer = site.module
     if not isinstance(layer, SparseLayer):
         layer = adopt(site, structure, indices, None, side, values)
     resized = layer.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
@@ -156,6 +156,7 @@ def _site_at(
     obstacle = "" if sparse else site.obstacle
     fits = word == kind and site.shape == shape and (obstacle or _space(module, site) == space)
     need = f"a {kind} of {shape}" + (f" with kernel {space[1]}" if space[1] else "")
+    need += f", inputs on axes {space[2]}" if space[2] else ""
     _require(bool(fits), need, f"{type(module).__name__} of {site.shape}", _REBUILD)
     _require(not obstacle, "a module that can become sparse", f"one where {obstacle}", _REBUILD)
     return site

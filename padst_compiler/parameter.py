@@ -172,8 +172,8 @@ def put_back(owner: nn.Module) -> None:
     Example:
         >>> put_back(nn.Linear(2, 2))
     """
-    layers = {name: release(owner, name) for name in owned(owner)}
-    for name, layer in sorted(layers.items(), key=lambda item: getattr(item[1], "place", 0)):
+    for name in reversed(owned(owner)):  # the last one first: each knows its place then
+        layer = release(owner, name)
         assert isinstance(layer, SparseParameter)
         dense = layer.weight.to(layer.values.dtype).contiguous()
         parameters = list(owner._parameters.items())

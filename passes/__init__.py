@@ -12,6 +12,7 @@ from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.lower_maps import LowerMaps
+from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
 
 __all__ = ["FOLDS", "inference_passes", "training_passes"]
@@ -28,9 +29,10 @@ def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tupl
     """Return the passes for a graph whose Parameters are frozen."""
     folds = FOLDS if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
-    return (DropWatch(), *folds, choose, *folds, LowerMaps())
+    return (DropWatch(), UseSparseOperator(), *folds, choose, *folds, LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
-    return (DropWatch(), CancelInverse(), ChooseFormulation(candidates, prefer=prefer), LowerMaps())
+    use = UseSparseOperator()
+    return (DropWatch(), use, CancelInverse(), ChooseFormulation(candidates, prefer=prefer), LowerMaps())

@@ -1,0 +1,193 @@
+"""What an operand of a captured product is made of: a matrix, moved by views and by maps.
+
+``find_operand`` looks through views, casts and ``padst::permute`` to the matrix below, and says
+which of its rows and columns stand where, so that a product with the operand can be written with
+the matrix itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from padst_compiler.rewrite import ATEN
+
+__all__ = ["Operand", "call", "find_operand", "inverse", "permuted"]
+
+_VIEWS = {
+    ATEN.view.default,
+    ATEN._unsafe_view.default,
+    ATEN.reshape.default,
+    ATEN.t.default,
+    ATEN.transpose.int,
+    ATEN.permute.default,
+    ATEN.unsqueeze.default,
+    ATEN.squeeze.default,
+    ATEN.squeeze.dim,
+    ATEN.squeeze.dims,
+    ATEN.expand.default,
+    ATEN.select.int,
+    ATEN.slice.Tensor,
+    ATEN.alias.default,
+    ATEN.detach.default,
+}
+_CASTS = {ATEN._to_copy.default, torch.ops.prims.convert_element_type.default}
+_PERMUTE, _INVERT = torch.ops.padst.permute.default, torch.ops.padst.invert.default
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix E with ``E[r, c] = M[rows[r], columns[c]]``, perhaps transposed or a part of it.
+
+    Attributes:
+        base: the node of M, ``(o, i)``.
+        rows: the maps that gathered rows of M, in their order.
+        columns: the maps that gathered its columns.
+        flipped: whether the operand is the transpose of E.
+        start: its first row in M; 0 where maps moved them.
+        height: how many rows each of its matrices has.
+        batch: how many matrices of that many rows it stacks; 1 where it is one.
+        cast: the node that changed the numbers' type, if any.
+    """
+
+    base: fx.Node
+    height: int
+    rows: tuple[fx.Node, ...] = ()
+    columns: tuple[fx.Node, ...] = ()
+    flipped: bool = False
+    start: int = 0
+    batch: int = 1
+    cast: fx.Node | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of M is in it, once, in one matrix."""
+        return self.batch == 1 and self.height == _value(self.base).shape[0]
+
+
+def find_operand(node: fx.Node) -> Operand | None:
+    """Return what ``node`` is made of; None where it is no such matrix.
+
+    Args:
+        node: of an ATEN graph with fake values; axes of size 1 do not count.
+    """
+    source = node
+    while source.op == "call_function" and source.target in _VIEWS:
+        source = source.args[0]  # type: ignore[assignment]
+    value, held = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(held, Tensor) or held.dim() not in (2, 3):
+        return None
+    if not held.is_contiguous() or not all(isinstance(n, int) for n in (*held.shape, *value.shape)):
+        return None
+    below = _below(source)
+    return None if below is None else _through_views(below, value, held)
+
+
+def _below(source: fx.Node) -> Operand | None:
+    """Return the operand that a node is which is no view."""
+    target = source.target if source.op == "call_function" else None
+    held = _value(source)
+    if target is _PERMUTE or target in _CASTS or target is ATEN.clone.default:
+        inner = find_operand(source.args[0])  # type: ignore[arg-type]
+        if inner is None or not inner.whole or held.dim() != 2:
+            return None
+        if target in _CASTS:
+            return replace(inner, cast=source) if inner.cast is None else None
+        if target is ATEN.clone.default:
+            return inner
+        perm: Any = source.args[1]
+        if inner.flipped:
+            return replace(inner, rows=(*inner.rows, perm))
+        return replace(inner, columns=(*inner.columns, perm))
+    if held.dim() == 3:
+        return Operand(source, held.shape[1], batch=held.shape[0])
+    return Operand(source, held.shape[0])
+
+
+def _through_views(below: Operand, value: Tensor, held: Tensor) -> Operand | None:
+    """Say which part of ``held``, whose operand is ``below``, a view of it with ``value`` is."""
+    *_, height, width = held.shape
+    if below.batch > 1:  # the result of a batched product: one matrix of all rows
+        height *= below.batch
+    axes = [(n, s) for n, s in zip(value.shape, value.stride(), strict=True) if n != 1]
+    sizes, strides = [n for n, _ in axes], [s for _, s in axes]
+    offset = int(value.storage_offset()) - int(held.storage_offset())
+    if min(height, width) < 2 or len(axes) not in (2, 3) or offset % width:
+        return None
+    batch = sizes[0] if len(axes) == 3 else 1
+    (one, other), (first, second) = sizes[-2:], strides[-2:]
+    flipped = (first, second) == (1, width)
+    if not flipped and (first, second) != (width, 1):
+        return None
+    taken, across = (other, one) if flipped else (one, other)
+    if across != width or (batch > 1 and strides[0] != taken * width):
+        return None
+    part = batch > 1 or taken != height
+    if below.batch > 1:
+        fits = (batch, taken) == (below.batch, height // below.batch) or not part
+        return replace(below, flipped=flipped) if fits else None
+    if part and (below.flipped or below.rows):
+        return None
+    flipped = flipped != below.flipped
+    return replace(below, flipped=flipped, start=offset // width, height=taken, batch=batch) if (
+        part
+    ) else replace(below, flipped=flipped)
+
+
+def permuted(graph: fx.Graph, x: fx.Node, maps: Sequence[fx.Node]) -> fx.Node:
+    """Return ``x`` with its last axis gathered by each of ``maps`` in turn.
+
+    Args:
+        graph: with an insertion point.
+        x: any node.
+        maps: nodes of permutations.
+    """
+    for perm in maps:
+        while _is_inverse(perm) and _is_inverse(perm.args[0]):  # of an inverse
+            perm = perm.args[0].args[0]  # type: ignore[union-attr, assignment]
+        x = call(graph, _PERMUTE, x, perm)
+    return x
+
+
+def inverse(graph: fx.Graph, perm: fx.Node) -> fx.Node:
+    """Return the inverse map; that of an inverse is the map itself.
+
+    Args:
+        graph: with an insertion point.
+        perm: the node of a permutation.
+    """
+    if _is_inverse(perm):
+        source = perm.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return call(graph, _INVERT, perm)
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call with its fake value.
+
+    Args:
+        graph: with an insertion point.
+        target: an operator.
+        args: its positional arguments; nodes have fake values.
+        kwargs: its keyword arguments.
+    """
+    node = graph.call_function(target, args, kwargs)
+    real = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with torch.no_grad():
+        node.meta["val"] = target(*real[0], **real[1])
+    return node
+
+
+def _is_inverse(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is _INVERT
+
+
+def _value(node: fx.Node) -> Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
