@@ -143,9 +143,7 @@ def _space(module: nn.Module | None, site: Site | None = None) -> _Space:
     return len(getattr(module, "stride", ())), [] if set(kernel) <= {1} else kernel, []
 
 
-def _site_at(
-    site: Site | None, names: list[str], kind: str, shape: Shape, space: _Space
-) -> Site:
+def _site_at(site: Site | None, names: list[str], kind: str, shape: Shape, space: _Space) -> Site:
     """Return ``site`` if it is the one that a file describes."""
     if site is None or site.module is None or set(site.layers) != set(names):
         found = "none" if site is None else f"one under the names {list(site.names)}"

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from padst_compiler.rewrite import ATEN
+from padst_compiler.structures import STRUCTURES, Shape, Structure
+from padst_compiler.unpacking import PACK
 
-__all__ = ["Operand", "call", "find_operand", "inverse", "permuted"]
+__all__ = ["Map", "Operand", "find_operand", "follow", "readers", "structure_of", "undo"]
 
 _VIEWS = {
     ATEN.view.default,
@@ -40,6 +42,14 @@ _PERMUTE, _INVERT = torch.ops.padst.permute.default, torch.ops.padst.invert.defa
 
 
 @dataclass(frozen=True)
+class Map:
+    """A permutation in a graph, or its inverse."""
+
+    perm: fx.Node
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
 class Operand:
     """A matrix E with ``E[r, c] = M[rows[r], columns[c]]``, perhaps transposed or a part of it.
 
@@ -56,8 +66,8 @@ class Operand:
 
     base: fx.Node
     height: int
-    rows: tuple[fx.Node, ...] = ()
-    columns: tuple[fx.Node, ...] = ()
+    rows: tuple[Map, ...] = ()
+    columns: tuple[Map, ...] = ()
     flipped: bool = False
     start: int = 0
     batch: int = 1
@@ -66,14 +76,14 @@ class Operand:
     @property
     def whole(self) -> bool:
         """Whether every row of M is in it, once, in one matrix."""
-        return self.batch == 1 and self.height == _value(self.base).shape[0]
+        return self.batch == 1 and self.height == _value(self.base).shape[-2]
 
 
 def find_operand(node: fx.Node) -> Operand | None:
     """Return what ``node`` is made of; None where it is no such matrix.
 
     Args:
-        node: of an ATEN graph with fake values; axes of size 1 do not count.
+        node: of an ATEN graph with fake values; axes of size 1 and expanded ones do not count.
     """
     source = node
     while source.op == "call_function" and source.target in _VIEWS:
@@ -99,7 +109,7 @@ def _below(source: fx.Node) -> Operand | None:
             return replace(inner, cast=source) if inner.cast is None else None
         if target is ATEN.clone.default:
             return inner
-        perm: Any = source.args[1]
+        perm = _map(source.args[1])  # type: ignore[arg-type]
         if inner.flipped:
             return replace(inner, rows=(*inner.rows, perm))
         return replace(inner, columns=(*inner.columns, perm))
@@ -113,7 +123,7 @@ def _through_views(below: Operand, value: Tensor, held: Tensor) -> Operand | Non
     *_, height, width = held.shape
     if below.batch > 1:  # the result of a batched product: one matrix of all rows
         height *= below.batch
-    axes = [(n, s) for n, s in zip(value.shape, value.stride(), strict=True) if n != 1]
+    axes = [(n, s) for n, s in zip(value.shape, value.stride(), strict=True) if n != 1 and s != 0]
     sizes, strides = [n for n, _ in axes], [s for _, s in axes]
     offset = int(value.storage_offset()) - int(held.storage_offset())
     if min(height, width) < 2 or len(axes) not in (2, 3) or offset % width:
@@ -133,61 +143,83 @@ def _through_views(below: Operand, value: Tensor, held: Tensor) -> Operand | Non
     if part and (below.flipped or below.rows):
         return None
     flipped = flipped != below.flipped
-    return replace(below, flipped=flipped, start=offset // width, height=taken, batch=batch) if (
-        part
-    ) else replace(below, flipped=flipped)
+    return (
+        replace(below, flipped=flipped, start=offset // width, height=taken, batch=batch)
+        if (part)
+        else replace(below, flipped=flipped)
+    )
 
 
-def permuted(graph: fx.Graph, x: fx.Node, maps: Sequence[fx.Node]) -> fx.Node:
-    """Return ``x`` with its last axis gathered by each of ``maps`` in turn.
+def follow(x: Tensor, maps: Sequence[Map], tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``x`` with its last axis gathered by each map in turn.
 
     Args:
-        graph: with an insertion point.
-        x: any node.
-        maps: nodes of permutations.
+        x: any tensor.
+        maps: as an operand has them.
+        tensors: the permutations that they stand for, in the same order.
     """
-    for perm in maps:
-        while _is_inverse(perm) and _is_inverse(perm.args[0]):  # of an inverse
-            perm = perm.args[0].args[0]  # type: ignore[union-attr, assignment]
-        x = call(graph, _PERMUTE, x, perm)
+    for one, perm in zip(maps, tensors, strict=True):
+        x = torch.ops.padst.permute(x, torch.ops.padst.invert(perm) if one.inverted else perm)
     return x
 
 
-def inverse(graph: fx.Graph, perm: fx.Node) -> fx.Node:
-    """Return the inverse map; that of an inverse is the map itself.
+def undo(maps: Sequence[Map]) -> tuple[Map, ...]:
+    """Return the maps that undo ``maps``, in their order.
+
+    Example:
+        >>> perm = fx.Graph().placeholder("p")
+        >>> undo([Map(perm)])[0].inverted
+        True
+    """
+    return tuple(Map(one.perm, not one.inverted) for one in reversed(maps))
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Return what reads a node, through views of it and maps.
 
     Args:
-        graph: with an insertion point.
-        perm: the node of a permutation.
+        node: any.
     """
-    if _is_inverse(perm):
-        source = perm.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-    return call(graph, _INVERT, perm)
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += readers(user) if user.target is _PERMUTE or _is_alias(user) else [user]
+    return found
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """Insert a call with its fake value.
+def structure_of(node: fx.Node) -> Structure:
+    """Return the structure of an ``unpack`` or a ``pack``.
 
     Args:
-        graph: with an insertion point.
-        target: an operator.
-        args: its positional arguments; nodes have fake values.
-        kwargs: its keyword arguments.
+        node: such a node, with fake values.
     """
-    node = graph.call_function(target, args, kwargs)
-    real = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with torch.no_grad():
-        node.meta["val"] = target(*real[0], **real[1])
-    return node
+    packs = node.target is PACK
+    kind = next(kind for kind in STRUCTURES if kind.name == node.args[2])
+    dense = _value(_node(node.args[0]) if packs else node)
+    shape = Shape(int(dense.shape[0]), int(dense.shape[1]))
+    indices = _node(node.args[1]).meta["val"]
+    unit = node.args[3] if packs else _node(node.args[0]).meta["val"].shape[indices.dim() :]
+    return kind.of_storage(indices, shape, [int(n) for n in unit])
 
 
-def _is_inverse(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is _INVERT
+def _is_alias(node: fx.Node) -> bool:
+    alias = getattr(node.target, "_schema", None)
+    first = alias.arguments[0].alias_info if alias is not None and alias.arguments else None
+    return first is not None and not first.is_write
+
+
+def _map(perm: fx.Node) -> Map:
+    inverted = False
+    while perm.op == "call_function" and perm.target is _INVERT:
+        perm, inverted = perm.args[0], not inverted  # type: ignore[assignment]
+    return Map(perm, inverted)
 
 
 def _value(node: fx.Node) -> Tensor:
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument

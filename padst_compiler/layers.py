@@ -17,7 +17,7 @@ from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermut
 from padst_compiler.soft_product import folded_weight
 from padst_compiler.storage import Storage
 from padst_compiler.structures import Shape, Structure
-from padst_compiler.unpacking import permuted
+from padst_compiler.unpacking import dense_matrix
 
 __all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
 
@@ -102,7 +102,7 @@ class SparseLayer(Storage):
     @property
     def weight(self) -> Tensor:
         """The effective dense weight ``S P`` (or ``P S``) in the dense module's shape; computed."""
-        return self.dense_form(permuted(self, self.matrix()))
+        return self.dense_form(dense_matrix(self))
 
     @property
     def soft_permutation(self) -> SoftPermutation | None:

@@ -52,9 +52,9 @@ def scaled_weight(node: fx.Node) -> Any:
     """
     while node.op == "call_function" and not weights_behind(node):
         packet = getattr(node.target, "overloadpacket", None)
-        if node.target is not getitem and packet not in _SCALES | _COPIES:
-            if not _is_view(node.target):
-                return None
+        known = node.target is getitem or packet in _SCALES | _COPIES
+        if not known and not _is_view(node.target):
+            return None
         scaled = _scaled_input(node)
         if scaled is None:
             return None

@@ -147,8 +147,9 @@ def _sites_of(module: nn.Module, names: list[str], read: bool) -> Iterator[Site]
             if module._parameters.get(weight) is not None:
                 paths = [_join(name, weight) for name in names]
                 yield _site(paths, Found("mha", module, "", (1,)), None)
-    elif "weight" not in owned(module) and (found := find_weight(module, read)) is not None:
-        if not (isinstance(found.module, nn.Module) and owned(found.module)):
+    elif "weight" not in owned(module):
+        found = find_weight(module, read)
+        if found is not None and not owned(found.module):
             yield _site(names, found, found.shape)
 
 
@@ -220,8 +221,11 @@ def _functional(model: nn.Module, use: Use) -> Site:
     """Return the site of a parameter that a run found in a product."""
     paths = [name.rpartition(".") for name in use.names]
     owner, attribute = model.get_submodule(paths[0][0]), paths[0][2]
-    mine = [n for n, (path, _, last) in zip(use.names, paths, strict=True)
-            if last == attribute and model.get_submodule(path) is owner]
+    mine = [
+        n
+        for n, (path, _, last) in zip(use.names, paths, strict=True)
+        if last == attribute and model.get_submodule(path) is owner
+    ]
     columns, computed = use.columns(), ", ".join(use.ops)
     inside = matrix_shape(use.shape, columns or ())
     obstacle = ""

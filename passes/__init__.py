@@ -12,6 +12,9 @@ from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.lower_maps import LowerMaps
+from padst_compiler.passes.lower_weights import LowerWeights
+from padst_compiler.passes.open_attention import OpenAttention
+from padst_compiler.passes.take_sparse_gradient import TakeSparseGradient
 from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
 
@@ -29,10 +32,12 @@ def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tupl
     """Return the passes for a graph whose Parameters are frozen."""
     folds = FOLDS if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
-    return (DropWatch(), UseSparseOperator(), *folds, choose, *folds, LowerMaps())
+    weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
+    return (DropWatch(), *weights, *folds, choose, *folds, LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
-    use = UseSparseOperator()
-    return (DropWatch(), use, CancelInverse(), ChooseFormulation(candidates, prefer=prefer), LowerMaps())
+    choose = ChooseFormulation(candidates, prefer=prefer)
+    weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights())
+    return (DropWatch(), *weights, CancelInverse(), choose, LowerMaps())
