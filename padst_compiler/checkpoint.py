@@ -6,7 +6,6 @@ The file holds every tensor of ``model.state_dict()`` and, as JSON under one met
     aliases   {name: the name that its numbers stand under}
     layers    [{names, kind, dims, structure, shape, side, dtype, config,
                 permutation: {kind: none | fixed | soft, form, settings}}]
-
 """
 
 from __future__ import annotations

@@ -130,10 +130,7 @@ def _word(layer: SparseLayer) -> str:
 
 
 def _space(module: nn.Module | None, site: Site | None = None) -> _Space:
-    """Return the spatial axes of a convolution, and its kernel where that is more than one point.
-
-    Of a parameter whose code stays: how many axes it has, their sizes, and which are inputs.
-    """
+    """Return the axes of a convolution, its kernel if larger than 1; of a parameter all axes."""
     if isinstance(module, SparseParameter):
         return len(module.sizes), list(module.sizes), list(module.columns)
     if site is not None and site.columns:

@@ -197,7 +197,7 @@ def structure_of(node: fx.Node) -> Structure:
     dense = _value(_node(node.args[0]) if packs else node)
     shape = Shape(int(dense.shape[0]), int(dense.shape[1]))
     indices = _node(node.args[1]).meta["val"]
-    unit = node.args[3] if packs else _node(node.args[0]).meta["val"].shape[indices.dim() :]
+    unit: Any = node.args[3] if packs else _node(node.args[0]).meta["val"].shape[indices.dim() :]
     return kind.of_storage(indices, shape, [int(n) for n in unit])
 
 

@@ -17,7 +17,7 @@ from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermut
 from padst_compiler.soft_product import folded_weight
 from padst_compiler.storage import Storage
 from padst_compiler.structures import Shape, Structure
-from padst_compiler.unpacking import dense_matrix
+from padst_compiler.unpacking import dense_matrix, unpermuted
 
 __all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
 
@@ -164,7 +164,7 @@ class SparseLayer(Storage):
         if dense is not None and fits and f"{prefix}values" not in state_dict:
             # In place: torch hands each module a copy of its own, and children read from it next.
             del state_dict[f"{prefix}weight"]
-            matrix = self._undo_permutation(self._matrix_from(dense))
+            matrix = unpermuted(self, self._matrix_from(dense))
             state_dict[f"{prefix}values"] = self.pack(matrix)
             state_dict[f"{prefix}indices"] = self.indices
             if self.rows is not None:
@@ -180,13 +180,6 @@ class SparseLayer(Storage):
 
     def _matrix_from(self, dense: Tensor) -> Tensor:
         return dense.to(self.values.device).reshape(self.shape.out_features, -1)
-
-    def _undo_permutation(self, matrix: Tensor) -> Tensor:
-        if not isinstance(self.permutation, FixedPermutation):
-            return matrix
-        if self.side == "input":  # column j of S reads input perm[j]
-            return matrix[:, self.permutation.perm]
-        return torch.empty_like(matrix).index_copy(0, self.permutation.perm, matrix)
 
 
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]

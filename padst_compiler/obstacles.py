@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -54,8 +55,9 @@ def find_weight(module: nn.Module, read: bool = False) -> Found | None:
     if found is None:
         return None
     if parametrize.is_parametrized(module, "weight"):
-        below = module.parametrizations["weight"]  # type: ignore[union-attr, index]
-        kinds = [type(step).__name__ for step in below]  # type: ignore[union-attr]
+        lists: Any = module.parametrizations
+        below = lists["weight"]
+        kinds = [type(step).__name__ for step in below]
         name = _SCALED.get(kinds[0]) if len(kinds) == 1 else None
         if name is None:
             cure = "parametrize.remove_parametrizations first"

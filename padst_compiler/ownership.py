@@ -122,7 +122,8 @@ def _reading(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         "_load_from_state_dict": functools.partialmethod(_load, base, names),
         "forward": _forward(base, names),
     }
-    kind: type[nn.Module] = type(base)(base.__name__, (base,), namespace)
+    metaclass: Any = type(base)
+    kind: type[nn.Module] = metaclass(base.__name__, (base,), namespace)
     return kind
 
 

@@ -1,15 +1,18 @@
-"""The ATen operators that multiply matrices: where their operands stand, what they sum over."""
+"""Products with parameters: which operators multiply, along which axes, what a run used."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from padst_compiler.ops import LINEAR
+from padst_compiler.provenance import summed_axes
 
-__all__ = ["FUSED", "PRODUCTS", "flops_of", "summed_dims"]
+__all__ = ["FUSED", "PRODUCTS", "Use", "flops_of", "summed_dims"]
 
 _ATEN = torch.ops.aten
 # Where a product's two operands stand; either may be the weight.
@@ -35,6 +38,36 @@ FUSED: dict[Any, int] = {
     _ATEN.mkldnn_rnn_layer: 0,
     _ATEN._cudnn_rnn: 0,
 } | {op.overloadpacket: 0 for op in LINEAR.values()}
+
+
+@dataclass
+class Use:
+    """How the run used one parameter in linear operations."""
+
+    names: tuple[str, ...]  # qualified names, the first one first
+    shape: tuple[int, ...]
+    ops: tuple[str, ...] = ()
+    count: int = 0
+    flops: int = 0
+    reads: tuple[str, ...] = ()  # the nodes whose features it multiplied, in order
+    met: bool = False  # something that is no weight
+    computed: bool = False  # by more than scaling, before the product
+    looked_up: bool = False  # as an embedding
+    largest: tuple[int, fx.Node, tuple[int, ...]] | None = None  # product: FLOPs, operand, sum
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def tokens(self) -> int:
+        """How often each weight was multiplied: the rows that it met."""
+        return round(self.flops / (2 * self.weights)) if self.weights else 0
+
+    def columns(self) -> tuple[int, ...] | None:
+        """Return the axes that its largest product summed over; None where that is not known."""
+        return None if self.largest is None else summed_axes(self.largest[1], self, self.largest[2])
 
 
 def summed_dims(packet: Any, args: Any, second: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

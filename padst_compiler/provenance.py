@@ -103,7 +103,8 @@ def _places(node: fx.Node, use: Any) -> Tensor:
     """Return where each number of a node stood in the parameter of ``use``; -1 for others."""
     if node.op != "call_function":
         shape = node.meta.get("shape", ())
-        if node.meta.get("use") is not use:
+        held = node.meta.get("use")
+        if held is not use:
             return torch.full((1,), -1, dtype=torch.int32).expand(shape)
         if tuple(shape) != tuple(use.shape):
             raise _UnknownError
@@ -131,7 +132,8 @@ def _places(node: fx.Node, use: Any) -> Tensor:
     elif packet not in _JOINS | _COPIES and not _is_view(node.target):
         raise _UnknownError
     assert callable(node.target)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _tree(n, use))
+    mapped: Any = fx.map_arg((node.args, node.kwargs), lambda n: _tree(n, use))
+    args, kwargs = mapped
     if packet in {_ATEN._unsafe_view, _ATEN.view}:  # of what was copied, and here was not
         return args[0].reshape(args[1])  # type: ignore[no-any-return]
     result: Tensor = node.target(*args, **kwargs)
@@ -156,7 +158,7 @@ def _scaled_input(node: fx.Node) -> fx.Node | None:
         return nodes[0]
     whole = [n for n in nodes if math.prod(n.meta.get("shape", ())) == size]
     weights = [n for n in whole if weights_behind(n)]
-    return (weights or whole or [None])[0]
+    return next(iter(weights or whole), None)
 
 
 def without_reshapes(node: fx.Node) -> fx.Node:
@@ -182,7 +184,7 @@ def _is_pick(node: fx.Node) -> bool:
     if packet not in _PICKS or len(node.all_input_nodes[0].meta.get("shape", ())) < 3:
         return False
     if packet is _ATEN.index_select:
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     (places,) = node.args[1:]
     return isinstance(places, list | tuple) and len(places) == 1
 

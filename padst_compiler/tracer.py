@@ -18,10 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from padst_compiler.products import FUSED, PRODUCTS, flops_of, summed_dims
+from padst_compiler.products import FUSED, PRODUCTS, Use, flops_of, summed_dims
 from padst_compiler.provenance import (
     scaled_weight,
-    summed_axes,
     weights_behind,
     without_reshapes,
 )
@@ -31,36 +30,6 @@ from padst_compiler.untouched import call_arguments, eager, left_as_it_was
 __all__ = ["Trace", "Use", "trace"]
 
 _ATEN = torch.ops.aten
-
-
-@dataclass
-class Use:
-    """How the run used one parameter in linear operations."""
-
-    names: tuple[str, ...]  # qualified names, the first one first
-    shape: tuple[int, ...]
-    ops: tuple[str, ...] = ()
-    count: int = 0
-    flops: int = 0
-    reads: tuple[str, ...] = ()  # the nodes whose features it multiplied, in order
-    met: bool = False  # something that is no weight
-    computed: bool = False  # by more than scaling, before the product
-    looked_up: bool = False  # as an embedding
-    largest: tuple[int, fx.Node, tuple[int, ...]] | None = None  # product: FLOPs, operand, sum
-
-    @property
-    def weights(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def tokens(self) -> int:
-        """How often each weight was multiplied: the rows that it met."""
-        return round(self.flops / (2 * self.weights)) if self.weights else 0
-
-    def columns(self) -> tuple[int, ...] | None:
-        """Return the axes that its largest product summed over; None where that is not known."""
-        return None if self.largest is None else summed_axes(self.largest[1], self, self.largest[2])
 
 
 @dataclass

@@ -25,7 +25,7 @@ from padst_compiler.structures import STRUCTURES, Shape, Structure, unit_of
 if TYPE_CHECKING:
     from padst_compiler.layers import SparseLayer
 
-__all__ = ["PACK", "UNPACK", "dense_matrix", "permuted", "unpack"]
+__all__ = ["PACK", "UNPACK", "dense_matrix", "permuted", "unpack", "unpermuted"]
 
 
 def _kind(structure: str) -> type[Structure]:
@@ -152,6 +152,20 @@ def permuted(layer: SparseLayer, matrix: Tensor) -> Tensor:
     soft = permutation.matrix().to(matrix.dtype)
     result = matrix @ soft if inside else soft @ matrix
     return result
+
+
+def unpermuted(layer: SparseLayer, matrix: Tensor) -> Tensor:
+    """Return S, of an effective weight; a soft permutation cannot be undone and is left.
+
+    Args:
+        layer: whose permutation and side.
+        matrix: ``S P`` or ``P S``, ``(o, i)``.
+    """
+    if not isinstance(layer.permutation, FixedPermutation):
+        return matrix
+    if layer.side == "input":  # column j of S reads input perm[j]
+        return matrix[:, layer.permutation.perm]
+    return torch.empty_like(matrix).index_copy(0, layer.permutation.perm, matrix)
 
 
 _register()

@@ -11,7 +11,7 @@ Left alone: gradients that are no sums of such products. A recorder takes one pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,8 @@ def _gradient(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
     """
     if node.target is PACK and (terms := _terms(_node(node.args[0]), False)):
         at, (kind, unit) = _node(node.args[1]), node.args[2:]
-        assert isinstance(kind, str)
         nodes = [at, *(factor for term in terms for factor in term.nodes)]
-
-        def run(indices: Tensor, *tensors: Tensor) -> Tensor:
-            feed = list(tensors)
-            pairs = [term.factors([feed.pop(0) for _ in term.nodes]) for term in terms]
-            parts = [LINEAR_DW[kind](grad, x, indices, unit) for grad, x in pairs]
-            return sum(parts[1:], start=parts[0])
-
+        run = _summed(terms, LINEAR_DW[str(kind)], unit)
         node.replace_all_uses_with(inline(graph, node, run, nodes, facts.table))
         graph.erase_node(node)
         return at
@@ -69,6 +62,21 @@ def _gradient(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
             grad, x = inline(graph, node, lambda *t: term.factors(t), term.nodes, facts.table)
             node.kwargs = {**node.kwargs, "grad": grad, "x": x}
     return None
+
+
+def _summed(terms: Sequence[_Term], operator: Any, unit: Any) -> Callable[..., Tensor]:
+    """Return the sum of the terms' stored gradients, of the indices and all their nodes."""
+
+    def run(indices: Tensor, *tensors: Tensor) -> Tensor:
+        feed = list(tensors)
+        pairs = [term.factors([feed.pop(0) for _ in term.nodes]) for term in terms]
+        total, *more = [operator(grad, x, indices, unit) for grad, x in pairs]
+        for other in more:
+            total = total + other
+        result: Tensor = total
+        return result
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _product(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
         forward = operand.flipped == late
         around = (operand.columns, operand.rows) if forward else (operand.rows, operand.columns)
         before, after = undo(around[0]), around[1]
-        nodes = [x, _node(operand.base.args[0]), _indices(operand.base), bias]
+        stored = _node(operand.base.args[0]), _indices(operand.base)
+        nodes: list[Any] = [x, *stored, bias]
         nodes += [one.perm for one in (*before, *after)]
         run = _multiply(operand, spans, before, after, forward, late)
         y = inline(graph, node, run, nodes, facts.table)
