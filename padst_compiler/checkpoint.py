@@ -107,7 +107,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     path, given, model = Path(path), model, _plain(model)
     header, tensors = _read(path)
-    sites = {name: site for site in discover(model) for name in site.layers}
+    sites = {name: site for site in discover(model) for name in site.names + site.layers}
     with _unchanged_on_error(model):
         try:
             tensors |= {name: tensors[source] for name, source in header["aliases"].items()}

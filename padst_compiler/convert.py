@@ -143,7 +143,7 @@ def _space(module: nn.Module | None, site: Site | None = None) -> _Space:
 def _site_at(site: Site | None, names: list[str], kind: str, shape: Shape, space: _Space) -> Site:
     """Return ``site`` if it is the one that a file describes."""
     if site is None or site.module is None or set(site.layers) != set(names):
-        found = "none" if site is None else f"one under the names {list(site.names)}"
+        found = f"one under {list(site.layers)} {site.note}".strip() if site else "none"
         raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
     module, sparse = site.module, site.kind == "sparse"
     word = "parameter" if site.columns else site.kind

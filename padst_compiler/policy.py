@@ -83,7 +83,8 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
         {'2': 'output head: no layer reads its 10 features'}
     """
     named = {s.name: f"output head by name ({s.name})" for s in sites if _HEAD.search(s.name)}
-    linear = [s for s in sites if s.kind != "sparse" and s.name]
+    known = [s for s in sites if s.kind not in ("sparse", "functional") or not s.obstacle]
+    linear = [s for s in known if s.kind != "sparse" and s.name]
     matrices = sum(p.dim() >= 2 for p in model.parameters())
     if linear and matrices > 1 and not any("pooler" not in name for name in named):
         widths: set[Any] = {s.shape.in_features for s in sites if s.shape is not None}

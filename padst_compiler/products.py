@@ -37,6 +37,7 @@ FUSED: dict[Any, int] = {
     _ATEN._transformer_encoder_layer_fwd: 1,
     _ATEN.mkldnn_rnn_layer: 0,
     _ATEN._cudnn_rnn: 0,
+    _ATEN._trilinear: 0,
 } | {op.overloadpacket: 0 for op in LINEAR.values()}
 
 

@@ -103,7 +103,7 @@ def _places(node: fx.Node, use: Any) -> Tensor:
     """Return where each number of a node stood in the parameter of ``use``; -1 for others."""
     if node.op != "call_function":
         shape = node.meta.get("shape", ())
-        held = node.meta.get("use")
+        held: Any = node.meta.get("use")
         if held is not use:
             return torch.full((1,), -1, dtype=torch.int32).expand(shape)
         if tuple(shape) != tuple(use.shape):

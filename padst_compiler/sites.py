@@ -70,7 +70,7 @@ class Site:
     @property
     def attribute(self) -> str:
         """The weight's name in its module."""
-        return self.parameter.rpartition(".")[2]
+        return self.parameter.rpartition(".")[2] or "weight"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -156,11 +156,11 @@ def _sites_of(module: nn.Module, names: list[str], read: bool) -> Iterator[Site]
 def _site(names: list[str], found: Found, shape: Shape | None) -> Site:
     parameter = _join(names[0], found.below) if found.below else names[0]
     weight = found.module._parameters.get(parameter.rpartition(".")[2])
-    if shape is None:
-        assert weight is not None
+    if shape is None and weight is not None and found.columns:
         shape = matrix_shape(weight.shape, found.columns)
+    size = shape.numel if shape is not None else 0 if weight is None else weight.numel()
     also = f"also named {', '.join(names[1:])}" if len(names) > 1 else ""
-    site = Site(names[0], found.kind, shape.numel, shape, tuple(names), found.module, parameter)
+    site = Site(names[0], found.kind, size, shape, tuple(names), found.module, parameter)
     site.columns, site.note = found.columns, "; ".join(filter(None, [also, found.note]))
     site.obstacle = found.obstacle or obstacle(site.module, site.kind, site.attribute)
     return site
