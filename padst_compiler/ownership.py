@@ -77,15 +77,15 @@ def own(owner: nn.Module, attribute: str, layer: nn.Module) -> None:
 
     Example:
         >>> class Twice(nn.Module):
-        ...     def __init__(self, half):
+        ...     def __init__(self, stored):
         ...         super().__init__()
-        ...         self.half, self.readers = half, 0
+        ...         self.stored, self.readers = stored, 0
         ...     def forward(self):
-        ...         return 2 * self.half
+        ...         return 2 * self.stored
         >>> linear = nn.Linear(3, 2)
         >>> own(linear, "weight", Twice(linear.weight))
         >>> linear.weight.shape, [name for name, _ in linear.named_parameters()]
-        (torch.Size([2, 3]), ['bias', 'weight_sparse.half'])
+        (torch.Size([2, 3]), ['bias', 'weight_sparse.stored'])
     """
     names = owned(owner)
     base = type(owner).__bases__[0] if names else type(owner)
@@ -119,6 +119,7 @@ def _reading(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": functools.partialmethod(_reduce, base, names),
+        "register_parameter": functools.partialmethod(_register, base, names),
         "_load_from_state_dict": functools.partialmethod(_load, base, names),
         "forward": _forward(base, names),
     }
@@ -134,14 +135,24 @@ def _property(name: str) -> property:
         tensor: Tensor = getattr(self, child)()
         return tensor
 
-    def write(self: nn.Module, value: object) -> None:
-        raise AttributeError(
-            f"Expected {name!r} to be read only: it is sparse. Got an assignment of "
-            f"{type(value).__name__} in {type(self).__name__}. Write to {child}.values, or call "
-            "padst.to_dense(model) first."
-        )
+    return property(read, lambda self, value: _refuse(self, name, value))
 
-    return property(read, write)
+
+def _refuse(self: nn.Module, name: str, value: object) -> None:
+    raise AttributeError(
+        f"Expected {name!r} to be read only: it is sparse. Got an assignment of "
+        f"{type(value).__name__} in {type(self).__name__}. Write to {child_name(name)}.values, or "
+        "call padst.to_dense(model) first."
+    )
+
+
+def _register(
+    self: nn.Module, base: type[nn.Module], names: tuple[str, ...], name: str, param: Any
+) -> None:
+    """Refuse a Parameter in the place of a sparse one; ``setattr`` asks here before a property."""
+    if name in names:
+        _refuse(self, name, param)
+    base.register_parameter(self, name, param)
 
 
 def _forward(base: type[nn.Module], names: tuple[str, ...]) -> Any:

@@ -70,7 +70,7 @@ class SparseParameter(SparseLayer):
         >>> layer = SparseParameter.of(attention, "in_proj_weight", (1,), FanIn(), kept)
         >>> attention.in_proj_weight.shape, layer.values.shape
         (torch.Size([24, 8]), torch.Size([24, 2]))
-        >>> [name for name, _ in attention.named_parameters()][-1]
+        >>> [name for name, _ in attention.named_parameters()][1]
         'in_proj_weight_sparse.values'
     """
 

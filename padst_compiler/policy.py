@@ -69,7 +69,7 @@ def choose(
 def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """Return the sites that stay dense unless they are asked for, with the reason.
 
-    Output heads by name; else the last linear layer, if nobody reads features of its width; a first
+    Output heads by name, or tied to an embedding; else the last linear layer, if nobody reads features of its width; a first
     convolution; and depthwise ones. Embeddings and norms are no sites to begin with.
 
     Args:
@@ -83,6 +83,9 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
         {'2': 'output head: no layer reads its 10 features'}
     """
     named = {s.name: f"output head by name ({s.name})" for s in sites if _HEAD.search(s.name)}
+    rows = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tied = [s for s in sites if s.module is not None and not rows.isdisjoint(s.shared_with)]
+    named |= {s.name: "output head: its weight is an embedding's" for s in tied}
     known = [s for s in sites if s.kind not in ("sparse", "functional") or not s.obstacle]
     linear = [s for s in known if s.kind != "sparse" and s.name]
     matrices = sum(p.dim() >= 2 for p in model.parameters())
@@ -99,7 +102,7 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
     named |= {s.name: "first convolution: it reads the input" for s in stems}
     deep = [s for s in linear if isinstance(s.module, kinds) and s.module.groups > 1]
     deep = [s for s in deep if s.module.groups == s.module.in_channels]  # type: ignore[union-attr]
-    return {s.name: "depthwise convolution: no features meet" for s in deep} | named
+    return named | {s.name: "depthwise convolution: no features meet" for s in deep}
 
 
 def find_config(

@@ -20,12 +20,7 @@ from padst_compiler.rewrite import Pass
 
 __all__ = ["FOLDS", "inference_passes", "training_passes"]
 
-FOLDS: tuple[Pass, ...] = (
-    CancelInverse(),
-    DropIdentity(),
-    AbsorbIntoReader(),
-    AbsorbIntoWriter(),
-)
+FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), AbsorbIntoReader(), AbsorbIntoWriter())
 
 
 def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:

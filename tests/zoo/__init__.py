@@ -1,0 +1,1 @@
+"""Nets on which folding, discovery and rewriting are tried."""
