@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ _VIEWS = {
     ATEN.alias.default,
     ATEN.detach.default,
 }
+_SPLITS = {ATEN.split.Tensor, ATEN.split_with_sizes.default, ATEN.unbind.int, ATEN.chunk.default}
 _CASTS = {ATEN._to_copy.default, torch.ops.prims.convert_element_type.default}
 _PERMUTE, _INVERT = torch.ops.padst.permute.default, torch.ops.padst.invert.default
 
@@ -86,7 +88,7 @@ def find_operand(node: fx.Node) -> Operand | None:
         node: of an ATEN graph with fake values; axes of size 1 and expanded ones do not count.
     """
     source = node
-    while source.op == "call_function" and source.target in _VIEWS:
+    while source.op == "call_function" and _is_part(source):
         source = source.args[0]  # type: ignore[assignment]
     value, held = node.meta.get("val"), source.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(held, Tensor) or held.dim() not in (2, 3):
@@ -182,7 +184,11 @@ def readers(node: fx.Node) -> list[fx.Node]:
     """
     found: list[fx.Node] = []
     for user in node.users:
-        found += readers(user) if user.target is _PERMUTE or _is_alias(user) else [user]
+        found += (
+            readers(user)
+            if user.target is _PERMUTE or _is_part(user) or _is_alias(user)
+            else [user]
+        )
     return found
 
 
@@ -199,6 +205,12 @@ def structure_of(node: fx.Node) -> Structure:
     indices = _node(node.args[1]).meta["val"]
     unit: Any = node.args[3] if packs else _node(node.args[0]).meta["val"].shape[indices.dim() :]
     return kind.of_storage(indices, shape, [int(n) for n in unit])
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node is a view of what it reads, or the views that a split makes."""
+    parts = node.args[0] if node.target is getitem else node
+    return node.target in _VIEWS or (isinstance(parts, fx.Node) and parts.target in _SPLITS)
 
 
 def _is_alias(node: fx.Node) -> bool:

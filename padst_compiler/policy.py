@@ -69,8 +69,9 @@ def choose(
 def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """Return the sites that stay dense unless they are asked for, with the reason.
 
-    Output heads by name, or tied to an embedding; else the last linear layer, if nobody reads features of its width; a first
-    convolution; and depthwise ones. Embeddings and norms are no sites to begin with.
+    Output heads by name, or tied to an embedding; else the last linear layer, if nobody reads
+    features of its width; a first convolution; and depthwise ones. Embeddings and norms are no
+    sites to begin with.
 
     Args:
         model: whose sites these are.

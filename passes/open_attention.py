@@ -49,6 +49,7 @@ def attention(
         )
     heads = [part.unflatten(-1, (num_head, -1)).transpose(1, 2) for part in parts]
     scores = (heads[0] / (embed_dim // num_head) ** 0.5) @ heads[1].mT
+    mask = None if mask is None else mask.bool()  # 0 and -inf count as False and True there
     weights = scores.softmax(-1) if mask is None else _MASKED_SOFTMAX(scores, mask, 3, mask_type)
     mixed = (weights @ heads[2]).transpose(1, 2).flatten(2)
     if not need_weights:

@@ -20,7 +20,8 @@ from padst_compiler.dense_operand import (
 from padst_compiler.structures import Block, FanIn, Shape, Structure
 
 O, I = 12, 8  # noqa: E741
-permute, inverse = torch.ops.padst.permute, torch.ops.padst.invert
+permute: Callable[..., Tensor] = torch.ops.padst.permute
+inverse: Callable[..., Tensor] = torch.ops.padst.invert
 
 
 def captured(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[fx.Node, fx.Interpreter]:
@@ -67,6 +68,9 @@ FOUND: dict[str, Function] = {
     "stacked": lambda w, p, q: (w * 1).view(3, 4, I),
     "stacked, transposed": lambda w, p, q: (w * 1).view(3, 4, I).mT,
     "one of a stack": lambda w, p, q: (w * 1).view(3, 4, I)[1].t(),
+    "a chunk": lambda w, p, q: (w * 1).chunk(3)[1],
+    "a split, transposed": lambda w, p, q: (w * 1).split([4, 8])[1].t(),
+    "unbound": lambda w, p, q: (w * 1).view(3, 4, I).unbind()[2],
     "an axis of one": lambda w, p, q: (w * 1).unsqueeze(0).expand(5, -1, -1),
     "columns moved": lambda w, p, q: permute(w * 1, p),
     "columns moved back": lambda w, p, q: permute(w * 1, inverse(p)),
@@ -100,6 +104,7 @@ NONE: dict[str, Function] = {
     "a part, cast": lambda w, p, q: (w * 1)[4:8].float(),
     "every other row": lambda w, p, q: (w * 1)[::2],
     "columns": lambda w, p, q: (w * 1)[:, 2:6],
+    "a chunk of columns": lambda w, p, q: (w * 1).chunk(2, dim=1)[1],
     "other rows": lambda w, p, q: (w * 1).view(6, 16),
     "four axes": lambda w, p, q: (w * 1).view(3, 2, 2, I),
     "one axis": lambda w, p, q: (w * 1).view(-1),
@@ -146,14 +151,14 @@ def test_maps_are_followed_and_undone() -> None:
 def test_readers_stand_behind_views_and_maps() -> None:
     def run(w: Tensor, p: Tensor) -> Tensor:
         w = w * 1
-        return permute(w.t().contiguous(), p).t().sum() + w.view(-1).mean()
+        return permute(w.t().contiguous(), p).t().sum() + w.view(-1).mean() + w.chunk(2)[1].exp()
 
     node, _ = captured(run, torch.randn(O, I), torch.randperm(O))
     source = next(n for n in node.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
     said = {getattr(user.target, "overloadpacket", None) for user in readers(source)}
     aten = torch.ops.aten
-    assert said == {aten.clone, aten.mean}
-    moved = next(n for n in node.graph.nodes if n.target is permute.default)
+    assert said == {aten.clone, aten.mean, aten.exp}
+    moved = next(n for n in node.graph.nodes if n.target is torch.ops.padst.permute.default)
     assert [getattr(u.target, "overloadpacket", None) for u in readers(moved)] == [aten.sum]
 
 

@@ -132,11 +132,12 @@ def by_save(block: Block) -> Any:
 @pytest.mark.parametrize("through", [by_pickle, by_save, copy.deepcopy, copy.copy])
 def test_copies_are_owners_too(through: Callable[[Block], Any]) -> None:
     block, x = made(), torch.randn(3, 4)
-    other = through(block)
+    other: Any = through(block)
     assert type(other) is type(block) and torch.equal(other(x), block(x))
     if through is not copy.copy:
+        layer: Any = other.first_sparse
         with torch.no_grad():
-            other.first_sparse.stored.zero_()
+            layer.stored.zero_()
         assert not torch.equal(other(x), block(x))
 
 

@@ -93,9 +93,7 @@ def sparse(name: str, permutation: str = "random", structure: str = "fan_in") ->
         torch.manual_seed(3)
         model = MODELS[name]().double()
     config = padst.SparseConfig(structure=structure, sparsity=0.5, permutation=permutation)
-    return padst.sparsify(
-        model, config, example_inputs=X, filter_fn=lambda site: not site.obstacle
-    )
+    return padst.sparsify(model, config, example_inputs=X, filter_fn=lambda site: not site.obstacle)
 
 
 def owners(model: nn.Module) -> dict[str, SparseParameter]:

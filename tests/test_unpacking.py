@@ -112,15 +112,23 @@ def test_a_soft_permutation_cannot_be_undone() -> None:
 def test_an_armed_recorder_sees_the_gradient_that_a_product_would_show(side: str) -> None:
     layer, x = adopted(side, fixed), torch.randn(5, 8, dtype=torch.float64)
     seen = []
-    for product in (lambda: layer.product(x), lambda: x @ dense_matrix(layer).t() + layer.bias):
+
+    def product(unpacks: bool) -> Tensor:
+        if unpacks:
+            return nn.functional.linear(x, dense_matrix(layer), layer.bias)
+        return layer.product(x)
+
+    for unpacks in (False, True):
         layer.recorder = Recorder(layer)
         layer.recorder.arm()
-        product().square().sum().backward()
+        loss: Any = product(unpacks).square().sum()
+        loss.backward()
         assert layer.recorder.has_seen
         seen.append((layer.recorder.candidates, layer.recorder.gains, layer.recorder.active))
     assert torch.equal(seen[0][0], seen[1][0])
     for ours, theirs in zip(seen[0][1:], seen[1][1:], strict=True):
         torch.testing.assert_close(ours, theirs)
     layer.recorder = Recorder(layer)
-    dense_matrix(layer).sum().backward()
+    total: Any = dense_matrix(layer).sum()
+    total.backward()
     assert not layer.recorder.has_seen

@@ -100,7 +100,6 @@ def swin() -> Built:
         depths=[2, 2],
         num_heads=[2, 2],
         window_size=4,
-        num_labels=10,
     )
     return SwinForImageClassification(config), {"pixel_values": pixels()}
 
@@ -159,7 +158,6 @@ def t5() -> Built:
         d_ff=HIDDEN,
         num_layers=LAYERS,
         num_heads=HEADS,
-        decoder_start_token_id=0,
     )
     return T5ForConditionalGeneration(config), {"input_ids": ids(), "decoder_input_ids": ids()}
 
@@ -190,7 +188,9 @@ def whisper() -> Built:
     """Two convolutions before the encoder."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    special = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "decoder_start")}
+    special: dict[str, Any] = {
+        f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "decoder_start")
+    }
     config = WhisperConfig(
         **_two_towers(num_mel_bins=16, max_source_positions=16, max_target_positions=16), **special
     )
@@ -245,7 +245,7 @@ def convnext() -> Built:
     """Depthwise convolutions and MLPs with channels last."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 2], num_stages=2, num_labels=10)
+    config = ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 2], num_stages=2)
     return ConvNextForImageClassification(config), {"pixel_values": pixels()}
 
 

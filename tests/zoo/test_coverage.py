@@ -1,4 +1,4 @@
-"""What ``plan`` finds in whole architectures, and that eager results of what it makes stay right."""
+"""What ``plan`` finds in whole architectures; eager results of what it makes stay right."""
 
 from __future__ import annotations
 
