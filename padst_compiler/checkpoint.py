@@ -6,7 +6,6 @@ The file holds every tensor of ``model.state_dict()`` and, as JSON under one met
     aliases   {name: the name that its numbers stand under}
     layers    [{names, kind, dims, structure, shape, side, dtype, config,
                 permutation: {kind: none | fixed | soft, form, settings}}]
-
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from padst_compiler.convert import from_description, to_description
 from padst_compiler.differences import differences
 from padst_compiler.layers import SparseLayer
 from padst_compiler.permutation import Permutation
-from padst_compiler.sites import Site, discover
+from padst_compiler.sites import Site, discover, site_of_parameter
 from padst_compiler.tensors import is_plain, storage_key
 
 __all__ = ["FORMAT", "VERSION", "load", "save"]
@@ -108,10 +107,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     path, given, model = Path(path), model, _plain(model)
     header, tensors = _read(path)
-    sites = {name: site for site in discover(model) for name in site.names}
+    sites = {name: site for site in discover(model) for name in site.names + site.layers}
     with _unchanged_on_error(model):
         try:
             tensors |= {name: tensors[source] for name, source in header["aliases"].items()}
+            for fields in header["layers"]:  # what only a run would find
+                if "columns" in fields and fields["names"][0] not in sites:
+                    site = site_of_parameter(model, fields["names"], fields["columns"])
+                    sites |= dict.fromkeys(site.layers, site) if site else {}
             _convert(sites, header, tensors)
             _check(model, tensors)
         except ValueError as error:

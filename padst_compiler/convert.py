@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from padst_compiler.config import SparseConfig, describe, parse_structure
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseLayer
+from padst_compiler.parameter import SparseParameter
 from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermutation
 from padst_compiler.relaxations.spelling import read_back
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
-from padst_compiler.starts import KINDS
+from padst_compiler.starts import KINDS, adopt, weight_of
 from padst_compiler.storage import width_of
 from padst_compiler.structures import Shape, Structure
 
 __all__ = ["from_description", "to_description"]
 
+_Space = tuple[int, list[int], list[int]]
 _REBUILD = "Build the same architecture."
 _DAMAGED = "The file is damaged: take another copy."
 
@@ -40,7 +42,9 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
     """
     soft = layer.soft_permutation
     # What few layers have, and files of before do not name.
-    extra: dict[str, Any] = {"kernel": kernel} if (kernel := _kernel(layer)) else {}
+    dims, kernel, columns = _space(layer)
+    extra: dict[str, Any] = {"kernel": kernel} if kernel else {}
+    extra |= {"columns": columns} if columns else {}
     if layer.selection is not None:
         extra["selection"] = layer.selection.kept
     state: dict[str, Any] = {"kind": "none" if layer.permutation is None else "fixed"}
@@ -48,8 +52,8 @@ def to_description(layer: SparseLayer, names: Sequence[str]) -> dict[str, Any]:
         state = {"kind": "soft", "form": soft.name, "settings": soft.settings()}
     return {
         "names": list(names),
-        "kind": next(word for word, kind in KINDS.items() if isinstance(layer, kind)),
-        "dims": _dims(layer),
+        "kind": _word(layer),
+        "dims": dims,
         "structure": describe(layer.structure),
         "shape": [layer.shape.out_features, layer.shape.in_features],
         "side": layer.side,
@@ -86,7 +90,8 @@ def from_description(
         0.75
     """
     names, kind, shape = list(fields["names"]), fields["kind"], Shape(*fields["shape"])
-    module = _module_at(site, names, kind, shape, (int(fields["dims"]), fields.get("kernel", [])))
+    space = int(fields["dims"]), fields.get("kernel", []), fields.get("columns", [])
+    site = _site_at(site, names, kind, shape, space)
     structure = parse_structure(fields["structure"])
     prefix = f"{names[0]}." if names[0] else ""
     indices, values = tensors[f"{prefix}indices"], tensors[f"{prefix}values"]
@@ -94,55 +99,62 @@ def from_description(
     _check_topology(structure, shape, indices, values, rows)
     side = fields["side"]
     _require(side in ("input", "output"), "side 'input' or 'output'", repr(side), _DAMAGED)
-    if not isinstance(module, SparseLayer):
-        KINDS[kind].adopt(module, structure, indices, None, side, values)
-        assert isinstance(module, SparseLayer)
-    resized = module.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
-    if module.recorder is not None and (resized or module.structure != structure):
-        ours = f"{module.structure} with {tuple(module.indices.shape)} units"
+    layer = site.module
+    if not isinstance(layer, SparseLayer):
+        layer = adopt(site, structure, indices, None, side, values)
+    resized = layer.size()[:2] != (list(indices.shape), None if rows is None else rows.numel())
+    if layer.recorder is not None and (resized or layer.structure != structure):
+        ours = f"{layer.structure} with {tuple(layer.indices.shape)} units"
         raise ValueError(
             f"Expected {ours}, as in the model that DynamicSparsity trains. Got {structure} with "
             f"{tuple(indices.shape)}. Call training.detach() first, and make a new one afterwards."
         )
-    if module.values.shape != values.shape:
-        empty = module.values.new_empty(values.shape)
-        module.values = nn.Parameter(empty, module.values.requires_grad)
+    if layer.values.shape != values.shape:
+        empty = layer.values.new_empty(values.shape)
+        layer.values = nn.Parameter(empty, layer.values.requires_grad)
     if resized:
-        module.indices = indices.to(module.values.device, copy=True)
-    module.rows = None if rows is None else rows.to(module.values.device, copy=True)
-    module.selection = _selection(module, fields.get("selection"))
-    module.structure, module.side = structure, side
+        layer.indices = indices.to(layer.values.device, copy=True)
+    layer.rows = None if rows is None else rows.to(layer.values.device, copy=True)
+    layer.selection = _selection(layer, fields.get("selection"))
+    layer.structure, layer.side = structure, side
     config = fields["config"]
-    module.config = None if config is None else SparseConfig.from_dict(config)
-    module.permutation = _permutation(module, fields["permutation"], prefix, tensors)
-    return module
+    layer.config = None if config is None else SparseConfig.from_dict(config)
+    layer.permutation = _permutation(layer, fields["permutation"], prefix, tensors)
+    return layer
 
 
-def _dims(module: nn.Module) -> int:
-    return len(getattr(module, "stride", ()))  # spatial axes of a convolution
+def _word(layer: SparseLayer) -> str:
+    if isinstance(layer, SparseParameter):
+        return "parameter"
+    return next(word for word, kind in KINDS.items() if isinstance(layer, kind))
 
 
-def _kernel(module: nn.Module) -> list[int]:
-    """Return a convolution's kernel, where it is more than one point."""
+def _space(module: nn.Module | None, site: Site | None = None) -> _Space:
+    """Return the axes of a convolution, its kernel if larger than 1; of a parameter all axes."""
+    if isinstance(module, SparseParameter):
+        return len(module.sizes), list(module.sizes), list(module.columns)
+    if site is not None and site.columns:
+        sizes = list(weight_of(site).shape)
+        return len(sizes), sizes, list(site.columns)
     kernel = list(getattr(module, "kernel_size", ()))
-    return [] if set(kernel) <= {1} else kernel
+    return len(getattr(module, "stride", ())), [] if set(kernel) <= {1} else kernel, []
 
 
-def _module_at(
-    site: Site | None, names: list[str], kind: str, shape: Shape, space: tuple[int, list[int]]
-) -> nn.Module:
-    """Return the module of ``site`` if it is the one that a file describes."""
-    if site is None or site.module is None or set(site.names) != set(names):
-        found = "none" if site is None else f"one under the names {list(site.names)}"
+def _site_at(site: Site | None, names: list[str], kind: str, shape: Shape, space: _Space) -> Site:
+    """Return ``site`` if it is the one that a file describes."""
+    if site is None or site.module is None or set(site.layers) != set(names):
+        found = f"one under {list(site.layers)} {site.note}".strip() if site else "none"
         raise ValueError(f"Expected one linear module under {names}. Got {found}. {_REBUILD}")
     module, sparse = site.module, site.kind == "sparse"
-    fits = isinstance(module, KINDS[kind]) if sparse else site.kind == kind
-    fits = fits and site.shape == shape and (_dims(module), _kernel(module)) == space
-    need = f"a {kind} of {shape}" + (f" with kernel {space[1]}" if space[1] else "")
-    _require(fits, need, f"{type(module).__name__} of {site.shape}", _REBUILD)
+    word = "parameter" if site.columns else site.kind
+    word = _word(module) if isinstance(module, SparseLayer) else word
     obstacle = "" if sparse else site.obstacle
+    fits = word == kind and site.shape == shape and (obstacle or _space(module, site) == space)
+    need = f"a {kind} of {shape}" + (f" with kernel {space[1]}" if space[1] else "")
+    need += f", inputs on axes {space[2]}" if space[2] else ""
+    _require(bool(fits), need, f"{type(module).__name__} of {site.shape}", _REBUILD)
     _require(not obstacle, "a module that can become sparse", f"one where {obstacle}", _REBUILD)
-    return module
+    return site
 
 
 def _check_topology(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from padst_compiler.index_map import invert
 from padst_compiler.layers import SparseLayer
-from padst_compiler.ops import unpack
 from padst_compiler.permutation import FixedPermutation
+from padst_compiler.unpacking import dense_matrix, permuted, unpack
 
 __all__ = ["SparseConv2d"]
 
@@ -63,39 +63,20 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[misc, override]
         watched = recorder is not None and (torch.compiler.is_compiling() or recorder.armed)
         if self.rows is not None and self.soft_permutation is None and not watched:
             return self._of_active(x, self.rows)
-        matrix = self._part()
-        matrix = matrix if self.rows is None else self._spread(matrix)
-        if recorder is not None and watched:
-            matrix = recorder(matrix.t(), None).t()
-        weight = self.dense_form(self._permuted(matrix))
+        weight = self.dense_form(dense_matrix(self))
         y: Tensor = self._conv_forward(x, weight, self.bias)
         return y
 
-    def _part(self) -> Tensor:
-        """Return the rows of S that are not ablated."""
-        values = self.values if self.selection is None else self.selection(self.values)
-        values, indices, active = self.packed(values)
-        return unpack(self.structure, values, indices, active)
-
     def _of_active(self, x: Tensor, rows: Tensor) -> Tensor:
         """Convolve with the neurons that are left; the others are their bias."""
-        part, permutation = self._part(), self.permutation
+        values = self.values if self.selection is None else self.selection(self.values)
+        values, indices, shape = self.packed(values)
+        part, permutation = unpack(self.structure, values, indices, shape), self.permutation
         if isinstance(permutation, FixedPermutation) and self.side == "output":
             rows = invert(permutation.perm)[rows]
         elif permutation is not None:
-            part = self._permuted(part)
+            part = permuted(self, part)
         active: Tensor = self._conv_forward(x, self.dense_form(part), None)
         size = (*active.shape[:-3], self.out_channels, *active.shape[-2:])
         y = active.new_zeros(size).index_copy(active.dim() - 3, rows, active)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
-
-    def _permuted(self, matrix: Tensor) -> Tensor:
-        """Return ``S P`` or ``P S``."""
-        permutation, inside = self.permutation, self.side == "input"
-        if permutation is None:
-            return matrix
-        if isinstance(permutation, FixedPermutation):
-            order = invert(permutation.perm) if inside else permutation.perm
-            return matrix.index_select(1 if inside else 0, order)
-        soft = permutation.matrix().to(matrix.dtype)
-        return matrix @ soft if inside else soft @ matrix

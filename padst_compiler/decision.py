@@ -116,7 +116,7 @@ def _share(sites: Sequence[Site]) -> None:
     for site in sites:
         if site.config is None or not site.config.share or site.decision != "sparse":
             continue
-        if site.module is None or site.kind == "sparse" or site.permutation == "none":
+        if site.kind == "sparse" or site.permutation == "none":
             continue
         if site.side == "input" and site.reads:
             key = (site.config, site.permutation, site.permuted_size, site.reads)

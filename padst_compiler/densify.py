@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from padst_compiler.layers import SparseLayer
+from padst_compiler.parameter import SparseParameter, put_back
 
 __all__ = ["to_dense"]
 
@@ -29,7 +30,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     plain = copy.deepcopy(model)
     for module in list(plain.modules()):
-        if isinstance(module, SparseLayer):
+        put_back(module)
+        if isinstance(module, SparseLayer) and not isinstance(module, SparseParameter):
             _restore(module)
     return plain
 

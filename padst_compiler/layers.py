@@ -17,6 +17,7 @@ from padst_compiler.permutation import FixedPermutation, Permutation, SoftPermut
 from padst_compiler.soft_product import folded_weight
 from padst_compiler.storage import Storage
 from padst_compiler.structures import Shape, Structure
+from padst_compiler.unpacking import dense_matrix, unpermuted
 
 __all__ = ["SparseConv1D", "SparseLayer", "SparseLinear", "SparsePointwiseConv", "sparse_layers"]
 
@@ -55,30 +56,39 @@ class SparseLayer(Storage):
             values: start values; by default the dense weights under the mask, rescaled to the
                 sparse fan-in so that the outputs keep their variance.
         """
-        weight = cls.matrix_of(module)
-        shape = Shape(*weight.shape)
-        indices = indices.to(weight.device)
-        if values is None:
-            kept = 1.0 - structure.actual_sparsity(shape, structure.slots(indices, shape).shape[1])
-            values = structure.pack(weight, indices) / kept**0.5
-        trainable = bool(module.weight.requires_grad)
-        dense_type = type(module)
-        order = list(module._parameters)
+        weight, trainable = cls.matrix_of(module), bool(module.weight.requires_grad)
+        dense_type, has_bias = type(module), "bias" in module._parameters
         del module.weight
+        bias = module._parameters.pop("bias", None)
         module.__class__ = cls
         assert isinstance(module, cls)
         module.dense_type = dense_type
-        module.structure, module.shape, module.side = structure, shape, side
-        module.values = nn.Parameter(values.detach().to(weight.dtype).clone(), trainable)
-        bias = module._parameters.pop("bias", None)
-        if "bias" in order:
+        module.begin(weight, trainable, structure, indices, permutation, side, values)
+        if has_bias:
             module._parameters["bias"] = bias  # parameters() lists values where weight stood
-        module.register_buffer("indices", indices.clone())
-        module.register_buffer("rows", None)
-        module.selection = None
-        module.permutation = permutation
-        module.recorder, module.config = None, None
         return module
+
+    def begin(
+        self,
+        weight: Tensor,
+        trainable: bool,
+        structure: Structure,
+        indices: Tensor,
+        permutation: Permutation | None,
+        side: str,
+        values: Tensor | None,
+    ) -> None:
+        """Store a dense ``weight (o, i)``; the other arguments are those of ``adopt``."""
+        shape, indices = Shape(*weight.shape), indices.to(weight.device)
+        if values is None:
+            kept = 1.0 - structure.actual_sparsity(shape, structure.slots(indices, shape).shape[1])
+            values = structure.pack(weight, indices) / kept**0.5
+        self.structure, self.shape, self.side = structure, shape, side
+        self.values = nn.Parameter(values.detach().to(weight.dtype).clone(), trainable)
+        self.register_buffer("indices", indices.clone())
+        self.register_buffer("rows", None)
+        self.selection, self.permutation = None, permutation
+        self.recorder, self.config = None, None
 
     @staticmethod
     def matrix_of(module: nn.Module) -> Tensor:
@@ -92,11 +102,7 @@ class SparseLayer(Storage):
     @property
     def weight(self) -> Tensor:
         """The effective dense weight ``S P`` (or ``P S``) in the dense module's shape; computed."""
-        matrix = self.matrix()
-        if self.permutation is not None:
-            soft = self.permutation.matrix().to(matrix.dtype)
-            matrix = matrix @ soft if self.side == "input" else soft @ matrix
-        return self.dense_form(matrix)
+        return self.dense_form(dense_matrix(self))
 
     @property
     def soft_permutation(self) -> SoftPermutation | None:
@@ -158,7 +164,7 @@ class SparseLayer(Storage):
         if dense is not None and fits and f"{prefix}values" not in state_dict:
             # In place: torch hands each module a copy of its own, and children read from it next.
             del state_dict[f"{prefix}weight"]
-            matrix = self._undo_permutation(self._matrix_from(dense))
+            matrix = unpermuted(self, self._matrix_from(dense))
             state_dict[f"{prefix}values"] = self.pack(matrix)
             state_dict[f"{prefix}indices"] = self.indices
             if self.rows is not None:
@@ -174,13 +180,6 @@ class SparseLayer(Storage):
 
     def _matrix_from(self, dense: Tensor) -> Tensor:
         return dense.to(self.values.device).reshape(self.shape.out_features, -1)
-
-    def _undo_permutation(self, matrix: Tensor) -> Tensor:
-        if not isinstance(self.permutation, FixedPermutation):
-            return matrix
-        if self.side == "input":  # column j of S reads input perm[j]
-            return matrix[:, self.permutation.perm]
-        return torch.empty_like(matrix).index_copy(0, self.permutation.perm, matrix)
 
 
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[misc, override]

@@ -7,8 +7,6 @@ bias, out_features)``
 indices, in_features)``
 ``<structure>_linear_dw(grad, x, indices,       gradient of ``values``: the kept units only
 unit)``
-``unpack(values, indices, structure,            the dense weight ``S (o, i)``, where no product
-out_features, in_features)``                    takes it apart: in a convolution
 ``permute(x, perm)``                            ``x[..., perm]``
 ``invert(perm)``                                the inverse map
 ==============================================  ================================================
@@ -34,7 +32,7 @@ from torch import Tensor
 from padst_compiler.index_map import invert
 from padst_compiler.structures import STRUCTURES, Shape, Structure, unit_of
 
-__all__ = ["LINEAR", "LINEAR_DW", "LINEAR_DX", "STRUCTURE_OF", "unpack"]
+__all__ = ["LINEAR", "LINEAR_DW", "LINEAR_DX", "STRUCTURE_OF"]
 
 LINEAR: dict[str, torch._ops.OpOverload] = {}
 LINEAR_DX: dict[str, torch._ops.OpOverload] = {}
@@ -157,38 +155,6 @@ def _register_maps() -> None:
     ).register_fake(torch.empty_like)
 
 
-def _unpack(
-    values: Tensor, indices: Tensor, structure: str, out_features: int, in_features: int
-) -> Tensor:
-    shape = Shape(out_features, in_features)
-    kind = next(kind for kind in STRUCTURES if kind.name == structure)
-    return kind.of_storage(indices, shape, unit_of(values, indices)).unpack(values, indices, shape)
-
-
-def unpack(structure: Structure, values: Tensor, indices: Tensor, shape: Shape) -> Tensor:
-    """Return ``structure.unpack(values, indices, shape)`` as one operator of a captured graph.
-
-    It falls apart into plain ATen where gradients or a compiler look at it; until then it says that
-    the graph has a sparse weight in it, so that frozen ones are unpacked once.
-
-    Example:
-        >>> from padst_compiler.structures import FanIn
-        >>> indices = torch.tensor([[2], [0]], dtype=torch.int32)
-        >>> unpack(FanIn(), torch.ones(2, 1), indices, Shape(2, 3)).tolist()
-        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
-    """
-    weight: Tensor = torch.ops.padst.unpack(
-        values, indices, structure.name, shape.out_features, shape.in_features
-    )
-    return weight
-
-
-_LIBRARY = torch.library.Library("padst", "FRAGMENT")  # lives as long as its operator
-_LIBRARY.define(
-    "unpack(Tensor values, Tensor indices, str structure, SymInt out_features, SymInt in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("unpack", _unpack, "CompositeImplicitAutograd")
 _register_maps()
 for _kind in STRUCTURES:
     _register_linear(_kind)

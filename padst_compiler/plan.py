@@ -40,6 +40,18 @@ class Plan:
     linear_flops: int | None = None  # of one run on the example inputs, convolutions included
 
     @property
+    def coverage(self) -> float | None:
+        """The share of the linear FLOPs that sparse sites have; None without example inputs.
+
+        What is dense by default (output heads, a first convolution) does not count.
+        """
+        exempt = sum(s.flops for s in self.sites if s.exempt)
+        whole = (self.linear_flops or 0) - exempt
+        if whole <= 0:
+            return None
+        return sum(s.flops for s in self.sites if s.decision == "sparse" and not s.exempt) / whole
+
+    @property
     def sparse(self) -> list[Site]:
         """The sites that are to become sparse."""
         return [s for s in self.sites if s.decision == "sparse" and s.kind != "sparse"]
@@ -73,7 +85,8 @@ class Plan:
             }
             for s in self.sites
         ]
-        return {"version": 1, "sites": sites, "linear_flops": self.linear_flops}
+        flops = {"linear_flops": self.linear_flops, "coverage": self.coverage}
+        return {"version": 1, "sites": sites} | flops
 
     def __str__(self) -> str:
         """Return the table and a line of totals."""
@@ -99,6 +112,8 @@ class Plan:
         if self.linear_flops:
             share = sum(s.flops for s in sparse) / self.linear_flops
             text += f"; {share:.1%} of {self.linear_flops:,} linear FLOPs"
+        if self.coverage is not None and any(s.exempt for s in self.sites):
+            text += f", {self.coverage:.1%} without what is dense by default"
         return f"{text}."
 
 

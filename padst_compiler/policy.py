@@ -54,7 +54,7 @@ def choose(
         elif found[1] is None:
             site.reason = f"config says dense ({found[0]!r})"
         elif site.name in kept:
-            site.reason = site.obstacle or kept[site.name]
+            site.reason, site.exempt = site.obstacle or kept[site.name], True
         elif wanted is not None and site.module is None:
             site.reason = site.obstacle
         elif wanted is not None and not wanted(site):
@@ -69,8 +69,9 @@ def choose(
 def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """Return the sites that stay dense unless they are asked for, with the reason.
 
-    Output heads by name; else the last linear layer, if nobody reads features of its width; and a
-    first convolution. Embeddings and norms are no sites to begin with.
+    Output heads by name, or tied to an embedding; else the last linear layer, if nobody reads
+    features of its width; a first convolution; and depthwise ones. Embeddings and norms are no
+    sites to begin with.
 
     Args:
         model: whose sites these are.
@@ -83,7 +84,11 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
         {'2': 'output head: no layer reads its 10 features'}
     """
     named = {s.name: f"output head by name ({s.name})" for s in sites if _HEAD.search(s.name)}
-    linear = [s for s in sites if s.kind in ("linear", "conv1d", "conv1x1", "conv2d") and s.name]
+    rows = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tied = [s for s in sites if s.module is not None and not rows.isdisjoint(s.shared_with)]
+    named |= {s.name: "output head: its weight is an embedding's" for s in tied}
+    known = [s for s in sites if s.kind not in ("sparse", "functional") or not s.obstacle]
+    linear = [s for s in known if s.kind != "sparse" and s.name]
     matrices = sum(p.dim() >= 2 for p in model.parameters())
     if linear and matrices > 1 and not any("pooler" not in name for name in named):
         widths: set[Any] = {s.shape.in_features for s in sites if s.shape is not None}
@@ -94,8 +99,11 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
             named[last.name] = f"output head: no layer reads its {outputs} features"
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next((m for m in model.modules() if isinstance(m, kinds)), None)
-    stems = [s for s in linear if s.module is first and s.kind in ("conv1x1", "conv2d")]
-    return named | {s.name: "first convolution: it reads the input" for s in stems}
+    stems = [s for s in linear if s.module is first]
+    named |= {s.name: "first convolution: it reads the input" for s in stems}
+    deep = [s for s in linear if isinstance(s.module, kinds) and s.module.groups > 1]
+    deep = [s for s in deep if s.module.groups == s.module.in_channels]  # type: ignore[union-attr]
+    return named | {s.name: "depthwise convolution: no features meet" for s in deep}
 
 
 def find_config(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,12 +10,14 @@ from torch.nn.parameter import is_lazy
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.layers import SparseLayer
-from padst_compiler.obstacles import obstacle
+from padst_compiler.obstacles import Found, find_weight, obstacle
+from padst_compiler.ownership import SUFFIX, child_name, owned
+from padst_compiler.parameter import matrix_shape
 from padst_compiler.structures import Shape, Structure
-from padst_compiler.tensors import storage_key
-from padst_compiler.tracer import Trace
+from padst_compiler.tensors import storage_key, tensors_in
+from padst_compiler.tracer import Trace, Use
 
-__all__ = ["Site", "discover"]
+__all__ = ["Site", "discover", "site_of_parameter"]
 
 
 @dataclass
@@ -24,8 +25,10 @@ class Site:
     """One linear weight: what it is, and what is decided for it.
 
     ``kind`` is "linear", "conv1d" (Hugging Face's), "conv1x1", "conv2d" (of k x k, seen as
-    ``(o, i * kh * kw)``), "mha" (a packed projection),
-    "functional" (a raw parameter in a product) or "sparse" (a sparse layer already).
+    ``(o, i * kh * kw)``) or "sparse" (a sparse layer already); where the code that reads the
+    weight stays as it is, "mha" (a packed projection), "conv" (grouped, transposed, in one or three
+    dimensions), or "functional" (anything else: a raw parameter in a product, a layer with a
+    forward of its own, what stands below a weight norm).
     """
 
     name: str  # of the module; of the parameter where no linear module owns it
@@ -33,8 +36,9 @@ class Site:
     weights: int
     shape: Shape | None = None
     names: tuple[str, ...] = ()  # with all aliases
-    module: nn.Module | None = None
+    module: nn.Module | None = None  # that becomes sparse, or whose parameter does
     parameter: str = ""  # the weight's qualified name
+    columns: tuple[int, ...] = ()  # the parameter's axes that are inputs, where its code stays
     shared_with: tuple[str, ...] = ()  # other names of the same numbers
     obstacle: str = ""  # why it cannot become sparse; empty where it can
     note: str = ""
@@ -48,6 +52,7 @@ class Site:
     reason: str = ""
     requested: bool = False
     refused: bool = False  # requested, but not possible
+    exempt: bool = False  # an output head or the like, dense by default
     config: SparseConfig | None = None
     structure: Structure | None = None
     kept: int = 0
@@ -63,6 +68,19 @@ class Site:
         return self.name or "(root)"
 
     @property
+    def attribute(self) -> str:
+        """The weight's name in its module."""
+        return self.parameter.rpartition(".")[2] or "weight"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names that the site has, or gets, as a sparse layer."""
+        if not self.columns:
+            return self.names
+        below = self.parameter.removeprefix(self.names[0]).removeprefix(".")
+        return tuple(child_name(_join(name, below) if below else name) for name in self.names)
+
+    @property
     def permuted_size(self) -> int:
         """The width of the side that the permutation acts on."""
         assert self.shape is not None
@@ -70,7 +88,7 @@ class Site:
 
 
 def discover(model: nn.Module, traced: Trace | None = None) -> list[Site]:
-    """Return the sites of ``model`` in the order of its modules, each once.
+    """Return the sites of ``model`` in the order of its parameters, each once.
 
     Args:
         model: any module.
@@ -92,57 +110,60 @@ def discover(model: nn.Module, traced: Trace | None = None) -> list[Site]:
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(module, []).append(name)
-    sites = [site for module, names in aliases.items() for site in _sites_of(module, names)]
+    # nn.MultiheadAttention reads the weight of its out_proj without calling it.
+    read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    sites = [s for m, names in aliases.items() for s in _sites_of(m, names, m in read)]
+    if traced is not None:
+        sites += _count_uses(model, sites, traced)
     _find_ties(model, sites)
-    _find_readers(model, sites)
-    return sites if traced is None else [*sites, *_count_uses(model, sites, traced)]
+    _find_holders(model, sites)
+    order = {n: at for at, (n, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted(sites, key=lambda site: order.get(site.parameter, len(order)))
 
 
-def _sites_of(module: nn.Module, names: list[str]) -> Iterator[Site]:
-    if isinstance(module, nn.MultiheadAttention):
-        packed = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for weight in packed:
-            held = module._parameters.get(weight)
-            if held is not None:
-                paths = tuple(_join(name, weight) for name in names)
-                shape = Shape(*held.shape)
-                why = "nn.MultiheadAttention reads its packed projection itself"
-                yield Site(paths[0], "mha", shape.numel, shape, paths, None, paths[0], obstacle=why)
-        return
-    found = _kind_of(module)
-    if found is None:
-        return
-    kind, shape = found
-    yield Site(
-        names[0],
-        kind,
-        shape.numel,
-        shape,
-        tuple(names),
-        module,
-        _join(names[0], "values" if kind == "sparse" else "weight"),
-        obstacle=obstacle(module, kind),
-        note=f"also named {', '.join(names[1:])}" if len(names) > 1 else "",
-    )
+def site_of_parameter(
+    model: nn.Module, layers: Sequence[str], columns: Sequence[int]
+) -> Site | None:
+    """Return the site of a parameter that only a run would find; None where there is none.
+
+    Args:
+        model: holds it.
+        layers: the names of the sparse layer that it becomes.
+        columns: its axes that are inputs.
+    """
+    names = [layer.removesuffix(SUFFIX) for layer in layers]
+    path, _, attribute = names[0].rpartition(".")
+    owner = dict(model.named_modules(remove_duplicate=False)).get(path)
+    if owner is None or owner._parameters.get(attribute) is None:
+        return None
+    return _site(names, Found("functional", owner, "", tuple(columns)), None)
 
 
-def _kind_of(module: nn.Module) -> tuple[str, Shape] | None:
+def _sites_of(module: nn.Module, names: list[str], read: bool) -> Iterator[Site]:
     if isinstance(module, SparseLayer):
-        return "sparse", module.shape
-    if isinstance(module, nn.Linear):
-        return "linear", Shape(module.out_features, module.in_features)
-    weight = module._parameters.get("weight")
-    # Known by name, so that transformers need not be installed.
-    if type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
-        inputs, outputs = weight.shape
-        if getattr(module, "nf", None) == outputs and getattr(module, "nx", inputs) == inputs:
-            return "conv1d", Shape(outputs, inputs)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        point, kernel = set(module.kernel_size) == {1}, module.kernel_size
-        patch = module.in_channels // module.groups * math.prod(kernel)
-        if point or isinstance(module, nn.Conv2d):
-            return "conv1x1" if point else "conv2d", Shape(module.out_channels, patch, kernel)
-    return None
+        yield _site(names, Found("sparse", module, "values"), module.shape)
+    elif isinstance(module, nn.MultiheadAttention):
+        for weight in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if module._parameters.get(weight) is not None:
+                paths = [_join(name, weight) for name in names]
+                yield _site(paths, Found("mha", module, "", (1,)), None)
+    elif "weight" not in owned(module):
+        found = find_weight(module, read)
+        if found is not None and not owned(found.module):
+            yield _site(names, found, found.shape)
+
+
+def _site(names: list[str], found: Found, shape: Shape | None) -> Site:
+    parameter = _join(names[0], found.below) if found.below else names[0]
+    weight = found.module._parameters.get(parameter.rpartition(".")[2])
+    if shape is None and weight is not None and found.columns:
+        shape = matrix_shape(weight.shape, found.columns)
+    size = shape.numel if shape is not None else 0 if weight is None else weight.numel()
+    also = f"also named {', '.join(names[1:])}" if len(names) > 1 else ""
+    site = Site(names[0], found.kind, size, shape, tuple(names), found.module, parameter)
+    site.columns, site.note = found.columns, "; ".join(filter(None, [also, found.note]))
+    site.obstacle = found.obstacle or obstacle(site.module, site.kind, site.attribute)
+    return site
 
 
 def _find_ties(model: nn.Module, sites: list[Site]) -> None:
@@ -152,57 +173,74 @@ def _find_ties(model: nn.Module, sites: list[Site]) -> None:
         held.setdefault(storage_key(parameter), []).append(name)
     key_of = {name: key for key, names in held.items() for name in names}
     for site in sites:
-        last = site.parameter.rpartition(".")[2]
-        own = {_join(name, last) for name in site.names} | set(site.names)
+        below = site.parameter.removeprefix(site.names[0]).removeprefix(".")
+        own = {_join(name, below) if below else name for name in site.names}
         others = held.get(key_of[site.parameter], []) if site.parameter in key_of else []
         site.shared_with = tuple(name for name in others if name not in own)
         if site.shared_with and not site.obstacle:
             site.obstacle = f"its weight is also {', '.join(site.shared_with)}"
 
 
-def _find_readers(model: nn.Module, sites: list[Site]) -> None:
-    """Note modules that read a child's weight without calling the child."""
-    attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    fast = {id(child) for m in encoders for child in (m.linear1, m.linear2)}
+def _find_holders(model: nn.Module, sites: list[Site]) -> None:
+    """Note who holds a parameter beside its module, in a list say: it would go on with that."""
+    registries = ("_parameters", "_buffers", "_modules")
+    held = {
+        id(tensor): f"{type(module).__name__}.{key}"
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key not in registries
+        for tensor in tensors_in(value)
+    }
     for site in sites:
-        if id(site.module) in attention and not site.obstacle:
-            site.obstacle = "nn.MultiheadAttention reads its weight without calling it"
-        if id(site.module) in fast:
-            off = "torch.backends.mha.set_fastpath_enabled(False)"
-            hint = f"dense in its encoder's eval fast path; {off} avoids it"
-            site.note = "; ".join(filter(None, [site.note, hint]))
+        weight = None if site.module is None else site.module._parameters.get(site.attribute)
+        if site.columns and not site.obstacle and id(weight) in held:
+            site.obstacle = f"{held[id(weight)]} holds it too, and would go on with what it holds"
 
 
 def _count_uses(model: nn.Module, sites: list[Site], traced: Trace) -> list[Site]:
     """Fill in what the trace saw; return the sites that only the trace found."""
     of_site = {name: use for use in traced.uses.values() for name in use.names}
     for site in sites:
-        use = of_site.get(site.parameter)
-        if use is not None:
-            site.uses, site.tokens, site.flops = use.count, use.tokens, use.flops
-            site.reads = use.reads
+        if (use := of_site.get(site.parameter)) is not None:
+            _note(site, use)
     known = {site.parameter for site in sites}
     functional = []
-    for name, use in traced.uses.items():
+    for use in traced.uses.values():
         if known.isdisjoint(use.names):
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            functional.append(
-                Site(
-                    name,
-                    "functional",
-                    use.weights,
-                    Shape(*use.shape) if len(use.shape) == 2 else None,
-                    use.names,
-                    parameter=name,
-                    shared_with=use.names[1:],
-                    obstacle=f"{owner} uses it in {', '.join(use.ops)} outside a linear module",
-                    uses=use.count,
-                    tokens=use.tokens,
-                    flops=use.flops,
-                )
-            )
+            functional.append(_note(_functional(model, use), use))
     return functional
+
+
+def _note(site: Site, use: Use) -> Site:
+    site.uses, site.tokens, site.flops = use.count, use.tokens, use.flops
+    site.reads = use.reads
+    return site
+
+
+def _functional(model: nn.Module, use: Use) -> Site:
+    """Return the site of a parameter that a run found in a product."""
+    paths = [name.rpartition(".") for name in use.names]
+    owner, attribute = model.get_submodule(paths[0][0]), paths[0][2]
+    mine = [
+        n
+        for n, (path, _, last) in zip(use.names, paths, strict=True)
+        if last == attribute and model.get_submodule(path) is owner
+    ]
+    columns, computed = use.columns(), ", ".join(use.ops)
+    inside = matrix_shape(use.shape, columns or ())
+    obstacle = ""
+    if use.computed:
+        obstacle = f"{type(owner).__name__} computes another matrix from it before {computed}"
+    elif use.looked_up or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        obstacle = "its rows are looked up too: an embedding"
+    elif not use.met:
+        obstacle = "it meets other parameters only: learned tokens, or a factor of a weight"
+    elif columns is None:
+        obstacle = f"{type(owner).__name__} uses it in {computed} along axes that are not clear"
+    elif inside.out_features == 1:
+        obstacle = "products sum over all of its axes"
+    found = Found("functional", owner, "", columns or (), obstacle=obstacle)
+    return _site(mine, found, inside if columns else None)
 
 
 def _join(prefix: str, name: str) -> str:

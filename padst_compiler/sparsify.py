@@ -18,7 +18,7 @@ from padst_compiler.layers import SparseLayer
 from padst_compiler.plan import Plan, plan
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
-from padst_compiler.starts import KINDS, Start, prepare, weight_of
+from padst_compiler.starts import Start, adopt, prepare, weight_of
 from padst_compiler.structures import Structure
 
 __all__ = ["sparsify"]
@@ -75,13 +75,13 @@ def sparsify(
         strict=strict,
     )
     _refuse(model, chosen, by_default=not isinstance(config, Mapping) and filter_fn is None)
-    weights = {site.name: weight_of(site) for site in chosen.sparse}
+    weights = {site.layers[0]: weight_of(site) for site in chosen.sparse}
     if optimizer is not None:
         check_optimizer(optimizer, [w for w in weights.values() if w.requires_grad])
     prepared = prepare(chosen.sparse)
     modules = [site.module for site in chosen.sparse if site.module is not None]
     with _unchanged_on_error(modules), unchanged_on_error(optimizer):
-        layers = {site.name: _adopt(site, start) for site, start in prepared}
+        layers = {site.layers[0]: _adopt(site, start) for site, start in prepared}
         if optimizer is not None:
             hand_over(optimizer, weights, _parameters_of(layers))
     if refused := [site for site in chosen.sites if site.refused]:
@@ -125,10 +125,9 @@ def _reasons(sites: Sequence[Site]) -> str:
 
 
 def _adopt(site: Site, start: Start) -> SparseLayer:
-    assert site.module is not None and site.structure is not None and site.config is not None
+    assert site.structure is not None and site.config is not None
     indices, permutation, values = start
-    kind, structure = KINDS[site.kind], site.structure
-    layer = kind.adopt(site.module, structure, indices, permutation, site.side, values)
+    layer = adopt(site, site.structure, indices, permutation, site.side, values)
     if site.config.soft:
         layer.selection = SoftSelection(layer.kept, site.kept, layer.values.device)
         layer.selection.alpha.requires_grad_(layer.values.requires_grad)

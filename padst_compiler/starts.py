@@ -13,18 +13,22 @@ from padst_compiler.convolution import SparseConv2d
 from padst_compiler.index_map import IndexMap
 from padst_compiler.layers import SparseConv1D, SparseLayer, SparseLinear, SparsePointwiseConv
 from padst_compiler.magnitude import find_permutation, select, undo
+from padst_compiler.parameter import SparseParameter, as_matrix
 from padst_compiler.permutation import FixedPermutation, Permutation
 from padst_compiler.relaxations.spelling import make
 from padst_compiler.sites import Site
 from padst_compiler.structures import Structure
 
-__all__ = ["KINDS", "Start", "prepare", "random_topology", "weight_of"]
+__all__ = ["KINDS", "Start", "adopt", "prepare", "random_topology", "weight_of"]
 
 KINDS: dict[str, type[SparseLayer]] = {
     "linear": SparseLinear,
     "conv1d": SparseConv1D,
     "conv1x1": SparsePointwiseConv,
     "conv2d": SparseConv2d,
+    "mha": SparseParameter,
+    "conv": SparseParameter,
+    "functional": SparseParameter,
 }
 """The sparse layer of each kind of site."""
 
@@ -72,11 +76,45 @@ def random_topology(
 
 
 def weight_of(site: Site) -> nn.Parameter:
-    """Return a module site's dense weight."""
+    """Return a site's dense weight."""
     assert site.module is not None
-    weight = site.module.weight
+    weight = site.module._parameters[site.attribute]
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def adopt(
+    site: Site,
+    structure: Structure,
+    indices: Tensor,
+    permutation: Permutation | None,
+    side: str,
+    values: Tensor | None = None,
+) -> SparseLayer:
+    """Make a site sparse: its module, or its parameter alone where the code around it stays.
+
+    Args:
+        site: a dense one that can.
+        structure: the family of masks.
+        indices: the kept units, in the structure's layout.
+        permutation: of inputs or outputs, by ``side``; None for none.
+        side: "input" or "output".
+        values: start values; by default the dense weights under the mask, rescaled.
+    """
+    assert site.module is not None
+    if not site.columns:
+        kind = KINDS[site.kind]
+        return kind.adopt(site.module, structure, indices, permutation, side, values)
+    return SparseParameter.of(
+        site.module, site.attribute, site.columns, structure, indices, permutation, side, values
+    )
+
+
+def _matrix_of(site: Site) -> Tensor:
+    if site.columns:
+        return as_matrix(weight_of(site).detach(), site.columns)
+    assert site.module is not None
+    return KINDS[site.kind].matrix_of(site.module)
 
 
 def _generator(site: Site, purpose: str) -> torch.Generator:
@@ -101,8 +139,7 @@ def _start_of(site: Site, permutation: Permutation | None) -> Start:
 
 def _largest_of(site: Site, structure: Structure, permutation: Permutation | None) -> Start:
     """Keep the largest units of the dense weight behind a hard permutation."""
-    assert site.module is not None
-    weight = KINDS[site.kind].matrix_of(site.module)
+    weight = _matrix_of(site)
     if isinstance(permutation, FixedPermutation):
         weight = undo(weight, permutation.perm, site.side)
     indices, _ = select(structure, weight, site.kept)
@@ -119,9 +156,7 @@ def _permutation_of(site: Site) -> Permutation | None:
         perm = torch.randperm(site.permuted_size, generator=generator)
         return FixedPermutation(IndexMap.of(perm), weight.device)
     if config.init == "magnitude" and site.permutation in ("learned", "magnitude"):
-        assert site.module is not None
-        matrix = KINDS[site.kind].matrix_of(site.module)
-        found = find_permutation(site.structure, matrix, site.kept, site.side, generator)
+        found = find_permutation(site.structure, _matrix_of(site), site.kept, site.side, generator)
         return FixedPermutation(found.index_map, weight.device)
     soft = make(site.permutation, site.permuted_size, generator, weight.device)
     return soft.requires_grad_(weight.requires_grad)  # a frozen layer stays frozen

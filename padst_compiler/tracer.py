@@ -18,58 +18,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from padst_compiler.ops import LINEAR
-from padst_compiler.provenance import weights_behind, without_reshapes
+from padst_compiler.products import FUSED, PRODUCTS, Use, flops_of, summed_dims
+from padst_compiler.provenance import (
+    scaled_weight,
+    weights_behind,
+    without_reshapes,
+)
 from padst_compiler.tensors import is_plain, storage_key, tensors_in, written_by
 from padst_compiler.untouched import call_arguments, eager, left_as_it_was
 
 __all__ = ["Trace", "Use", "trace"]
 
 _ATEN = torch.ops.aten
-# Where a product's two operands stand; either may be the weight.
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    _ATEN.mm: (0, 1),
-    _ATEN.bmm: (0, 1),
-    _ATEN.mv: (0, 1),
-    _ATEN.linear: (0, 1),
-    _ATEN.matmul: (0, 1),
-    _ATEN.convolution: (0, 1),
-    _ATEN.addmm: (1, 2),
-    _ATEN._addmm_activation: (1, 2),
-    _ATEN.addmv: (1, 2),
-    _ATEN.addbmm: (1, 2),
-    _ATEN.baddbmm: (1, 2),
-}
-# One call, one or several layers: all parameters among the arguments are weights. Behind each
-# operator: where the number of features stands among its arguments; 0 where the input has it.
-_FUSED = {
-    _ATEN._native_multi_head_attention: 3,
-    _ATEN._transformer_encoder_layer_fwd: 1,
-    _ATEN.mkldnn_rnn_layer: 0,
-    _ATEN._cudnn_rnn: 0,
-} | {op.overloadpacket: 0 for op in LINEAR.values()}
-
-
-@dataclass
-class Use:
-    """How the run used one parameter in linear operations."""
-
-    names: tuple[str, ...]  # qualified names, the first one first
-    shape: tuple[int, ...]
-    ops: tuple[str, ...] = ()
-    count: int = 0
-    flops: int = 0
-    reads: tuple[str, ...] = ()  # the nodes whose features it multiplied, in order
-
-    @property
-    def weights(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def tokens(self) -> int:
-        """How often each weight was multiplied: the rows that it met."""
-        return round(self.flops / (2 * self.weights)) if self.weights else 0
 
 
 @dataclass
@@ -133,7 +93,9 @@ class _Recorder(TorchDispatchMode):
             known[key].names += (name,)
         for tensor in tensors_in(inputs):
             if tensor not in self.nodes:
-                self._name(self.result.graph.placeholder(f"input_{len(self.nodes)}"), tensor)
+                holder = self.result.graph.placeholder(f"input_{len(self.nodes)}")
+                holder.meta["made_of"] = None
+                self._name(holder, tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
@@ -143,7 +105,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):  # higher-order operators run as they are
             return func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet not in _PRODUCTS:  # under inference_mode composite operators arrive whole
+        if packet not in PRODUCTS:  # under inference_mode composite operators arrive whole
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -153,30 +115,36 @@ class _Recorder(TorchDispatchMode):
                 self.written.setdefault(id(held), (held, held.detach().clone()))
         result = func(*args, **kwargs)
         node = self._record(func, args, kwargs, result)
-        if packet in _FUSED:
-            at = _FUSED[packet]
+        if packet in FUSED:
+            at = FUSED[packet]
             rows = args[0].numel() // (args[at] if at else args[0].shape[-1])
             for weight in tensors_in(args[1:]):
-                self._product(node, packet.__name__, (weight,), 2 * rows * weight.numel())
-        elif packet in _PRODUCTS:
-            first, second = (args[at] for at in _PRODUCTS[packet])
-            flops = _flops(packet, args, first, second, result)
-            wide = packet is _ATEN.convolution and (
-                args[6] or (second.dim() != 4 and any(s != 1 for s in second.shape[2:]))
-            )  # no site: transposed, or k > 1 in one dimension or three
-            self._product(node, "" if wide else packet.__name__, (first, second), flops)
+                flops = 2 * rows * weight.numel()
+                self._product(node, packet.__name__, (weight,), ((-1,),), flops)
+        elif packet in PRODUCTS:
+            first, second = (args[at] for at in PRODUCTS[packet])
+            flops = flops_of(packet, args, first, second, result)
+            sums = summed_dims(packet, args, second)
+            self._product(node, packet.__name__, (first, second), sums, flops)
+        elif packet is _ATEN.embedding:
+            for use in weights_behind(self._node_of(args[0])):
+                use.looked_up = True
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
         graph = self.result.graph
         arguments = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
         node = graph.create_node("call_function", func, *arguments)
+        made_of = [n.meta["made_of"] for n in node.all_input_nodes]
+        node.meta["made_of"] = None if None in made_of else frozenset().union(*made_of)
         if isinstance(result, Tensor):
             self._name(node, result)
         elif isinstance(result, (tuple, list)):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self._name(graph.create_node("call_function", getitem, (node, at)), part)
+                    piece = graph.create_node("call_function", getitem, (node, at))
+                    piece.meta["made_of"] = node.meta["made_of"]
+                    self._name(piece, part)
         return node
 
     def _name(self, node: fx.Node, tensor: Tensor) -> None:
@@ -191,6 +159,8 @@ class _Recorder(TorchDispatchMode):
             target = name or f"_constant_{len(self.nodes)}"
             node = self.result.graph.create_node("get_attr", target)
             node.meta["use"] = use
+            weight = use is not None and len(use.shape) >= 2
+            node.meta["made_of"] = frozenset([name]) if weight else frozenset()
             self._name(node, tensor)
         return self.nodes[tensor]  # type: ignore[no-any-return]
 
@@ -203,29 +173,54 @@ class _Recorder(TorchDispatchMode):
         exact = [use for place, use, _ in held if place == offset]
         return exact[0] if exact else held[0][1] if len(held) == 1 else None
 
-    def _product(self, node: fx.Node, op: str, operands: tuple[Tensor, ...], flops: int) -> None:
-        """Count a product; without a name for ``op`` it counts in the total alone."""
+    def _product(
+        self,
+        node: fx.Node,
+        op: str,
+        operands: tuple[Tensor, ...],
+        sums: tuple[tuple[int, ...], ...],
+        flops: int,
+    ) -> None:
+        """Count a product, and what each parameter in it has of it."""
         nodes = [self._node_of(operand) for operand in operands]
         sources = [weights_behind(operand) for operand in nodes]
         if not any(sources):
+            if len(operands) == 2 and (operands[0].dim() < 3 or len(operands[0]) == 1):
+                self._computed(op, nodes, sums, flops)
             return
+        if any(n.meta["made_of"] for n, uses in zip(nodes, sources, strict=True) if not uses):
+            node.meta["made_of"] = None  # of two weights it would be one as well
         self.result.linear_flops += flops
-        for uses, other in zip(sources, nodes[::-1], strict=True) if op else ():
+        for uses, own, other, dims in zip(sources, nodes, nodes[::-1], sums, strict=True):
             whole = sum(use.weights for use in uses)
             for use in uses:
-                self.result.uses.setdefault(use.names[0], use)
-                use.ops = tuple(dict.fromkeys((*use.ops, op)))
-                use.count += 1
-                use.flops += round(flops * use.weights / whole)
+                self._count(use, op, round(flops * use.weights / whole), own, dims)
                 use.reads += (without_reshapes(other).name,)
+                use.met |= other is own or not other.meta["made_of"]
 
+    def _computed(
+        self, op: str, nodes: list[fx.Node], sums: tuple[tuple[int, ...], ...], flops: int
+    ) -> None:
+        """Count a product with what was computed from parameters alone."""
+        for own, other, dims in zip(nodes, nodes[::-1], sums, strict=True):
+            if not own.meta["made_of"] or other.meta["made_of"]:
+                continue
+            self.result.linear_flops += flops
+            scaled, size = scaled_weight(own), math.prod(own.meta.get("shape", ()))
+            held = [use for entries in self.held.values() for _, use, _ in entries]
+            uses = [use for use in held if not own.meta["made_of"].isdisjoint(use.names)]
+            for use in uses if scaled is None else [scaled]:
+                if use.weights == size:
+                    self._count(use, op, flops, own, dims)
+                    use.met, use.computed = True, use.computed or scaled is None
+                    use.reads += (without_reshapes(other).name,)
 
-def _flops(packet: Any, args: Any, first: Tensor, second: Tensor, result: Tensor) -> int:
-    """Return 2 x multiplications."""
-    if packet is _ATEN.convolution:  # per output, or per input where it is transposed
-        places = first if args[6] else result
-        return 2 * places.numel() * (second.numel() // second.shape[0])
-    if first.is_nested or second.is_nested:
-        return 2 * result.numel() * (second if first.is_nested else first).shape[-1]
-    batches = first.shape[0] if packet is _ATEN.addbmm else 1
-    return 2 * result.numel() * first.shape[-1] * batches
+    def _count(
+        self, use: Use, op: str, flops: int, operand: fx.Node, dims: tuple[int, ...]
+    ) -> None:
+        self.result.uses.setdefault(use.names[0], use)
+        use.ops = tuple(dict.fromkeys((*use.ops, op)))
+        use.count += 1
+        use.flops += flops
+        if use.largest is None or flops > use.largest[0]:
+            use.largest = (flops, operand, dims)

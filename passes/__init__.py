@@ -10,24 +10,27 @@ from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.passes.lower_maps import LowerMaps
+from padst_compiler.passes.lower_weights import LowerWeights
+from padst_compiler.passes.open_attention import OpenAttention
+from padst_compiler.passes.take_sparse_gradient import TakeSparseGradient
+from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
 
 __all__ = ["FOLDS", "inference_passes", "training_passes"]
 
-FOLDS: tuple[Pass, ...] = (
-    CancelInverse(),
-    DropIdentity(),
-    FoldPermutations(),
-)
+FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 
 
 def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
     folds = FOLDS if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
-    return (DropWatch(), *folds, choose, *folds, LowerMaps())
+    weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
+    return (DropWatch(), *weights, *folds, choose, *folds, LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
-    return (DropWatch(), CancelInverse(), ChooseFormulation(candidates, prefer=prefer), LowerMaps())
+    choose = ChooseFormulation(candidates, prefer=prefer)
+    weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights())
+    return (DropWatch(), *weights, CancelInverse(), choose, LowerMaps())

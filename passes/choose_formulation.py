@@ -22,8 +22,9 @@ from torch import fx
 
 from padst_compiler.compat import size_hint
 from padst_compiler.formulation import Candidates, Formulation, Geometry
+from padst_compiler.insertion import inline
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
-from padst_compiler.rewrite import Facts, Report, Rule, inline, shape_of
+from padst_compiler.rewrite import Facts, Report, Rule, shape_of
 from padst_compiler.structures import Shape, unit_of
 
 __all__ = ["ChooseFormulation"]

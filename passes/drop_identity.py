@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule, as_contiguous
+from padst_compiler.insertion import as_contiguous
+from padst_compiler.rewrite import Facts, Refusal, Report, Rule
 
 __all__ = ["DropIdentity"]
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from padst_compiler.index_map import invert
-from padst_compiler.rewrite import Facts, Refusal, Report, inline
+from padst_compiler.insertion import inline
+from padst_compiler.rewrite import Facts, Refusal, Report
 from padst_compiler.symbolic import recognise
 
 __all__ = ["LowerMaps"]

@@ -458,7 +458,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "layers a number": (lambda h: h.update(layers=3), "damaged"),
     "a field less": (lambda h: h["layers"][1].pop("side"), "of layer 'fc2'. Got KeyError('side')"),
     "no names": (layer(0, names=[]), "Got IndexError"),
-    "other names": (layer(0, names=["fc1", "x"]), "Got one under the names ['fc1']"),
+    "other names": (layer(0, names=["fc1", "x"]), "Got one under ['fc1']"),
     "no such name": (layer(0, names=["fc9"]), "under ['fc9']. Got none"),
     "a strange size": (layer(0, dims=float("inf")), "damaged"),
     "axes": (layer(0, dims=2), "Build the same architecture"),

@@ -133,9 +133,11 @@ def test_another_module_is_refused() -> None:
     assert "Got none. Build the same architecture." in refused(nn.ReLU())
     assert "Got Linear of 16x24." in refused(nn.Linear(OUT, IN))
     assert "Got Conv1d of 24x16." in refused(nn.Conv1d(IN, OUT, 1))
-    assert "computes forward in its own way" in refused(OwnForward(IN, OUT))
+    assert "OwnForward computes forward in its own way" in refused(OwnForward(IN, OUT))
     weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
-    assert "remove_parametrizations" in refused(weight_norm)
+    assert "below WeightNorm" in refused(weight_norm)
+    orthogonal = nn.utils.parametrizations.orthogonal(nn.Linear(IN, OUT))
+    assert "remove_parametrizations" in refused(orthogonal)
     conv = adopt(nn.Conv1d(IN, OUT, 1), kind=SparsePointwiseConv)
     assert "Got SparsePointwiseConv of 24x16." in refused(conv)
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.layers import SparseLinear
@@ -58,7 +59,8 @@ def test_the_table_says_everything() -> None:
     assert cells[4][4:] == ["dense", "", "", "", "output head: no layer reads its 10 features"]
     assert lines[-1] == (
         "2 of 3 sites sparse: 16,384 of 17,024 linear weights (96.2%), 72.2% of all are zero; "
-        "8,192 more numbers while permutations are soft; 96.2% of 102,144 linear FLOPs."
+        "8,192 more numbers while permutations are soft; 96.2% of 102,144 linear FLOPs, "
+        "100.0% without what is dense by default."
     )
 
 
@@ -109,11 +111,11 @@ class Branches(nn.Module):
 
 def test_control_flow_hides_nothing() -> None:
     made = plan(Branches(), torch.ones(3, 64))
-    assert decisions(made) == {"a": "sparse", "b": "sparse", "c": "sparse", "w": "dense"}
+    assert decisions(made) == {"a": "sparse", "b": "sparse", "c": "sparse", "w": "sparse"}
     sites = {site.name: site for site in made.sites}
     assert sites["b"].reason == "not run by example_inputs"
     assert sites["c"].uses == 2 and sites["w"].kind == "functional"
-    assert "outside a linear module" in sites["w"].reason
+    assert made.coverage == 1.0
 
 
 def test_each_site_may_have_its_own_config() -> None:
@@ -155,9 +157,9 @@ STRICT: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (lambda: nn.Linear(48, 100), {}, r"Site '\(root\)'. Expected features divisible by"),
     (lambda: nn.Sequential(nn.Linear(32, 32)), {}, "Site '0'. Expected .* keeps 1 of 1"),
     (
-        lambda: nn.MultiheadAttention(64, 2),
-        {"config": {"out_proj": SparseConfig()}},
-        "Site 'out_proj'. Expected a site that can .*without calling it. Leave it out",
+        lambda: parametrizations.orthogonal(nn.Linear(64, 64)),
+        {"config": {"": SparseConfig()}},
+        r"Site '\(root\)'. Expected a site that can .*computed by _Orthogonal.*Leave it out",
     ),
 ]
 
@@ -174,7 +176,8 @@ def test_strict_raises_where_a_requested_site_stays_dense(
 
 def test_strict_lets_the_default_exceptions_be() -> None:
     assert len(plan(mlp(), strict=True).sparse) == 2
-    assert plan(nn.MultiheadAttention(64, 2), strict=True).sparse == []
+    attention = plan(nn.MultiheadAttention(64, 2), strict=True)
+    assert [site.name for site in attention.sparse] == ["in_proj_weight", "out_proj"]
 
 
 REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [

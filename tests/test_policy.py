@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.policy import check_names, choose, default_exceptions, find_config
@@ -79,12 +80,26 @@ def test_a_first_convolution_stays_dense() -> None:
 
 
 def test_obstacles_are_no_requests_by_default_but_are_when_asked_for() -> None:
-    model = nn.MultiheadAttention(8, 2)
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)))
     assert requested(model) == []
-    assert chosen(model)["out_proj"].reason.startswith("nn.MultiheadAttention")
+    assert chosen(model)["0"].reason.startswith("its weight is computed by _Orthogonal")
+    assert requested(model, {"0": A}) == ["0"]
+    assert requested(model, A, lambda site: True) == ["0"]
+
+
+def test_parameters_of_other_code_are_asked_for_as_layers_are() -> None:
+    model = nn.MultiheadAttention(8, 2)
+    assert requested(model) == ["in_proj_weight", "out_proj"]
     assert requested(model, {"out_proj": A}) == ["out_proj"]
-    assert requested(model, {"re:.*": A}) == ["in_proj_weight", "out_proj"]
-    assert requested(model, A, lambda site: True) == ["out_proj"]  # a parameter is no module
+    assert requested(model, {"re:.*weight": A}) == ["in_proj_weight"]
+    assert requested(model, A, lambda module, name: module is model) == ["in_proj_weight"]
+
+
+def test_depthwise_convolutions_stay_dense_unless_they_are_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+    assert requested(model) == ["2"]
+    assert chosen(model)["1"].reason == "depthwise convolution: no features meet"
+    assert requested(model, {"1": A}) == ["1"]
 
 
 def test_a_mapping_replaces_the_default_exceptions() -> None:

@@ -7,8 +7,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 import padst_compiler.ops  # noqa: F401  (torch.ops.padst)
-from padst_compiler.compat import inductor_decompositions, trace_aten
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule, inline, run_pipeline, shape_of
+from padst_compiler.compat import trace_aten
+from padst_compiler.rewrite import Facts, Refusal, Report, Rule, run_pipeline, shape_of
 
 ATEN = torch.ops.aten
 
@@ -164,55 +164,6 @@ def test_a_node_is_owned_by_the_module_whose_tensors_it_reads() -> None:
     relu = node(module, ATEN.relu.default)
     assert facts.owner(relu) == "relu"  # it reads no tensor of a module
     assert Facts().owner(relu) == "relu"
-
-
-# -- inlining --------------------------------------------------------------------------------------
-
-
-def test_inlined_nodes_carry_values_and_come_before_their_reader() -> None:
-    module = traced(lambda x, w: x * w, torch.ones(2, 3), torch.ones(3))
-    x, w = placeholders(module)
-    mul = node(module, ATEN.mul.Tensor)
-    twice = inline(module.graph, mul, lambda a, n, b, nothing: a * n + b, (x, 2, w, None))
-    mul.update_arg(0, twice)
-    module.graph.lint()
-    module.recompile()
-    torch.testing.assert_close(module(torch.ones(2, 3), torch.ones(3)), torch.full((2, 3), 3.0))
-    assert shape_of(twice) == (2, 3)
-    assert all("val" in n.meta for n in module.graph.nodes if n.op == "call_function")
-
-
-def test_several_results_come_back_in_order() -> None:
-    module = traced(lambda x: x.relu(), torch.ones(4))
-    relu = node(module, ATEN.relu.default)
-    small, large = inline(module.graph, relu, lambda x: (x[:1], x.exp()), placeholders(module))
-    assert (shape_of(small), shape_of(large)) == ((1,), (4,))
-
-
-def test_a_function_that_returns_its_argument_inserts_nothing() -> None:
-    module = traced(lambda x: x.relu(), torch.ones(4))
-    (x,) = placeholders(module)
-    before = len(module.graph.nodes)
-    assert inline(module.graph, node(module, ATEN.relu.default), lambda t: t, (x,)) is x
-    assert len(module.graph.nodes) == before
-
-
-def test_one_node_may_be_given_twice() -> None:
-    module = traced(lambda x: x.relu(), torch.ones(4))
-    (x,) = placeholders(module)
-    relu = node(module, ATEN.relu.default)
-    relu.update_arg(0, inline(module.graph, relu, lambda a, b: a + 2 * b, (x, x)))
-    module.recompile()
-    assert module(torch.ones(4)).tolist() == [3.0] * 4
-
-
-def test_inlined_nodes_are_decomposed_by_the_graphs_own_table() -> None:
-    module = traced(lambda x: x.relu(), torch.ones(4))
-    (x,) = placeholders(module)
-    relu, table = node(module, ATEN.relu.default), inductor_decompositions()
-    assert ATEN.silu.default in table
-    result = inline(module.graph, relu, torch.nn.functional.silu, (x,), table)
-    assert result.target is not ATEN.silu.default
 
 
 def test_the_shape_of_what_is_no_tensor_is_unknown() -> None:

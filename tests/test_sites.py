@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from padst_compiler.layers import SparseLinear
-from padst_compiler.sites import Site, discover
+from padst_compiler.sites import Site, discover, site_of_parameter
 from padst_compiler.structures import Block, Shape
 from padst_compiler.tracer import trace
 
@@ -82,34 +82,73 @@ def subclassed(module: nn.Linear) -> nn.Linear:
 
 
 OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "own forward": (lambda: Own(8, 4), "Own computes forward in its own way"),
-    "patched": (lambda: patched(nn.Linear(8, 4)), "computes forward in its own way"),
-    "patched conv1d": (lambda: patched(Conv1D(4, 8)), "computes forward in its own way"),
     "parametrised": (lambda: halved(nn.Linear(8, 4)), "remove_parametrizations"),
-    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 4)), "remove_parametriz"),
-    "old weight_norm": (lambda: weight_norm(nn.Linear(8, 4)), "make it permanent first"),
-    "pruned": (lambda: prune.identity(nn.Linear(8, 4), "weight"), "make it permanent first"),
+    "held in a list": (lambda: Listed(), "Listed.all holds it too"),
+    "recurrent": (lambda: Recurrent(), "GRU keeps its weights in a list of its own"),
     "integer": (lambda: integer(nn.Linear(8, 4)), "torch.int8"),
     "subclass": (lambda: subclassed(nn.Linear(8, 4)), "a Fancy of"),
     "meta": (lambda: nn.Linear(8, 4, device="meta"), "meta device"),
     "empty": (lambda: nn.Linear(0, 4), "no weights"),
-    "k x k groups": (lambda: nn.Conv2d(8, 4, 3, groups=2), "k x k convolution in 2 groups"),
-    "groups": (lambda: nn.Conv2d(8, 4, 1, groups=2), "in 2 groups"),
-    "padding": (lambda: nn.Conv2d(8, 4, 1, padding=1), "with padding (1, 1)"),
-    "reflected": (lambda: nn.Conv2d(8, 4, 1, padding_mode="reflect"), "(reflect)"),
+}
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = Own(8, 4)
+        self.all = [self.fc.weight]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_converted_says_why(name: str) -> None:
+    build, said = OBSTACLES[name]
+    model = nn.Sequential(build())
+    run = name == "recurrent"  # nothing but a run finds its weights
+    sites = discover(model, trace(model, torch.ones(2, 3, 8)) if run else None)
+    assert sites and all(said in site.obstacle for site in sites)
+
+
+STAYS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "own forward": (lambda: Own(8, 4), "functional", "0.weight_sparse"),
+    "patched": (lambda: patched(nn.Linear(8, 4)), "functional", "0.weight_sparse"),
+    "patched conv1d": (lambda: patched(Conv1D(4, 8)), "functional", "0.weight_sparse"),
+    "weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(8, 4)),
+        "functional",
+        "0.parametrizations.weight.original1_sparse",
+    ),
+    "old weight_norm": (lambda: weight_norm(nn.Linear(8, 4)), "functional", "0.weight_v_sparse"),
+    "pruned": (
+        lambda: prune.identity(nn.Linear(8, 4), "weight"),
+        "functional",
+        "0.weight_orig_sparse",
+    ),
+    "groups": (lambda: nn.Conv2d(8, 4, 1, groups=2), "conv", "0.weight_sparse"),
+    "one dimension": (lambda: nn.Conv1d(8, 4, 3), "conv", "0.weight_sparse"),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OBSTACLES)
-def test_what_cannot_be_converted_says_why(name: str) -> None:
-    build, said = OBSTACLES[name]
-    assert said in only(build()).obstacle
+@pytest.mark.parametrize("name", STAYS)
+def test_code_of_its_own_stays_and_its_parameter_is_the_site(name: str) -> None:
+    build, kind, layer = STAYS[name]
+    site = only(build())
+    assert (site.name, site.kind, site.obstacle, site.layers) == ("0", kind, "", (layer,))
+    assert site.module is not None and f"{site.parameter}_sparse" == layer
 
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv1d(8, 4, 3), nn.ConvTranspose2d(8, 4, 3), nn.Embedding(8, 4), nn.LayerNorm(8)],
+    [nn.Embedding(8, 4), nn.LayerNorm(8), nn.GRU(8, 4)],
 )
 def test_other_modules_are_no_sites(module: nn.Module) -> None:
     assert discover(nn.Sequential(module)) == []
@@ -158,11 +197,13 @@ def test_neighbours_in_one_buffer_are_not_tied() -> None:
     assert [site.shared_with for site in discover(nn.Sequential(*layers))] == [(), ()]
 
 
-def test_attention_keeps_its_projections() -> None:
-    packed, output = discover(nn.MultiheadAttention(8, 2))
+def test_attention_has_its_packed_projection_and_its_output() -> None:
+    packed, output = discover(attention := nn.MultiheadAttention(8, 2))
     assert (packed.name, packed.kind, packed.shape) == ("in_proj_weight", "mha", Shape(24, 8))
-    assert "packed" in packed.obstacle and packed.module is None
-    assert output.name == "out_proj" and "without calling" in output.obstacle
+    assert (packed.obstacle, packed.module, packed.columns) == ("", attention, (1,))
+    assert (output.name, output.kind, output.obstacle) == ("out_proj", "functional", "")
+    assert "without calling" in output.note
+    assert [*packed.layers, *output.layers] == ["in_proj_weight_sparse", "out_proj.weight_sparse"]
     split = discover(nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
     assert [site.name for site in split] == [
         "q_proj_weight",
@@ -174,11 +215,6 @@ def test_attention_keeps_its_projections() -> None:
 
 def test_a_layer_of_the_same_name_elsewhere_is_free() -> None:
     assert discover(nn.ModuleDict({"out_proj": nn.Linear(8, 8)}))[0].obstacle == ""
-
-
-def test_the_encoders_feed_forward_has_a_note() -> None:
-    sites = {site.name: site for site in discover(nn.TransformerEncoderLayer(8, 2, 16))}
-    assert sites["linear1"].obstacle == "" and "fast path" in sites["linear1"].note
 
 
 def test_sparse_layers_are_reported() -> None:
@@ -213,13 +249,55 @@ class Mixed(nn.Module):
 def test_the_trace_adds_counts_and_raw_parameters() -> None:
     model = Mixed()
     sites = {s.name: s for s in discover(model, trace(model, torch.zeros(2, 5).long()))}
-    assert list(sites) == ["fc", "idle", "raw", "experts", "emb.weight"]
+    assert list(sites) == ["raw", "experts", "fc", "emb.weight", "idle"]  # as parameters stand
     assert (sites["fc"].uses, sites["fc"].tokens, sites["fc"].flops) == (2, 20, 2 * 20 * 64)
     assert (sites["idle"].uses, sites["idle"].tokens) == (0, 0)
     assert {sites[name].kind for name in ("raw", "experts", "emb.weight")} == {"functional"}
-    assert sites["experts"].shape is None and sites["experts"].weights == 192
-    assert sites["raw"].obstacle == "Mixed uses it in mm outside a linear module"
-    assert sites["emb.weight"].obstacle.startswith("Embedding uses it")
+    assert (sites["experts"].shape, sites["experts"].columns) == (Shape(24, 8), (1,))
+    assert (sites["raw"].obstacle, sites["raw"].columns) == ("", (0,))
+    assert sites["emb.weight"].obstacle == "its rows are looked up too: an embedding"
+
+
+class Learned(nn.Module):
+    """Parameters in products that are no weights, or weights by way of something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(3, 8))
+        self.a, self.b = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+        self.centred = nn.Parameter(torch.randn(8, 8))
+        self.masked = nn.Parameter(torch.randn(8, 8))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.eye(8))
+        self.twin = nn.Parameter(torch.randn(8, 8))
+        self.fc = nn.Linear(8, 8)
+        self.other = nn.Module()
+        self.other.twin = self.twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.fc(self.tokens)])
+        x = x @ (self.a @ self.b) @ (self.centred - self.centred.mean(0))
+        return torch.nn.functional.linear(x, self.masked * self.mask) @ self.twin
+
+
+def test_what_is_no_weight_of_its_own_is_refused_with_its_reason() -> None:
+    model = Learned()
+    sites = {s.name: s for s in discover(model, trace(model, torch.randn(5, 8)))}
+    said = {name: site.obstacle for name, site in sites.items()}
+    others = "it meets other parameters only: learned tokens, or a factor of a weight"
+    assert said["tokens"] == said["a"] == said["b"] == others
+    assert said["centred"] == "Learned computes another matrix from it before mm"
+    assert said["twin"] == "its weight is also other.twin"
+    assert (said["masked"], sites["masked"].columns) == ("", (1,))
+    assert said["fc"] == "" and sites["fc"].tokens == 3
+
+
+def test_a_parameter_is_found_again_by_the_name_of_its_sparse_layer() -> None:
+    model = Mixed()
+    site = site_of_parameter(model, ["experts_sparse"], [1])
+    assert site is not None and (site.name, site.shape) == ("experts", Shape(24, 8))
+    assert site_of_parameter(model, ["nobody_sparse"], [1]) is None
+    assert site_of_parameter(model, ["no.body_sparse"], [1]) is None
 
 
 def test_a_tied_head_is_one_site_with_the_trace() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.index_map import IndexMap
@@ -148,7 +149,7 @@ class Branches(nn.Module):
 def test_both_branches_become_sparse() -> None:
     model, x = Branches(), torch.ones(3, 64)
     sparsify(model, structure="block:8", example_inputs=x)
-    assert set(layers_of(model)) == {"a", "b"}
+    assert set(layers_of(model)) == {"a", "b", "raw_sparse"}
     assert model(x).shape == model(-x).shape == (3, 64)
 
 
@@ -156,7 +157,7 @@ def test_the_encoders_two_paths_agree() -> None:
     layers = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model, x = nn.TransformerEncoder(layers, 2), torch.randn(2, 5, 16)
     sparsify(model, structure="block:8", sparsity=0.5, example_inputs=x)
-    assert len(layers_of(model)) == 4
+    assert len(layers_of(model)) == 8
     slow = model.train()(x)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), slow, atol=1e-5, rtol=1e-5)
@@ -350,6 +351,10 @@ def wrapped() -> nn.Module:
     return model
 
 
+def computed() -> nn.Module:
+    return nn.Sequential(parametrizations.orthogonal(nn.Linear(64, 64)))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "sparsity one": (mlp, {"sparsity": 1.0}, "Expected 0 <= sparsity < 1. Got 1.0"),
     "sparsity negative": (mlp, {"sparsity": -1}, "Expected 0 <= sparsity < 1. Got -1"),
@@ -364,7 +369,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), {}, "lazy module"),
     "size": (lambda: mlp(65), {"structure": "block:16"}, "Got 2, all dense: 0: Expected"),
     "nothing to do": (lambda: mlp(32), {"structure": "block:128"}, "Choose another structure"),
-    "policy": (lambda: nn.MultiheadAttention(64, 2), {}, "Got 2, all dense: in_proj_weight: "),
+    "policy": (computed, {}, "Got 1, all dense: 0: its weight is computed by _Orthogonal"),
     "sparse": (sparse_already, {}, "Got '0', which is sparse already. Call to_dense"),
     "sparse by name": (sparse_already, {"config": {"2": SparseConfig()}}, "Got '2', which"),
     "strict": (lambda: mlp(65), {"structure": "nm:8", "strict": True}, "Site '0'. Expected in_f"),

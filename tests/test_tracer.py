@@ -148,18 +148,50 @@ def test_raw_parameters_are_found_in_every_product(name: str) -> None:
     ("function", "shape"),
     [
         (lambda x, w: x * w, (5, 8)),
-        (lambda x, w: x @ torch.exp(w), (8, 6)),  # another matrix by now
-        (lambda x, w: x @ w.softmax(0).topk(3).values, (8, 6)),
+        (lambda x, w: x @ w.softmax(0).topk(3).values, (8, 6)),  # of another size by now
         (lambda x, w: x @ x.mT, (8, 6)),
         (lambda x, w: x @ w, (8,)),
-        (lambda x, w: F.conv1d(x.mT, w), (6, 8, 3)),
-        (lambda x, w: F.conv_transpose1d(x.mT, w), (8, 6, 1)),
     ],
 )
 def test_what_is_no_linear_layer_is_left_out(
     function: Callable[..., Tensor], shape: tuple[int, ...]
 ) -> None:
     assert trace(Calls(function, shape), torch.randn(2, 5, 8)).uses == {}
+
+
+def test_a_matrix_that_is_computed_before_the_product_is_known_as_such() -> None:
+    made = trace(Calls(lambda x, w: x @ torch.exp(w), (8, 6)), torch.randn(2, 5, 8))
+    assert made.uses["w.0"].computed and made.linear_flops == made.uses["w.0"].flops == 960
+    scaled = trace(Calls(lambda x, w: x @ (w / w.norm()), (8, 6)), torch.randn(2, 5, 8))
+    assert not scaled.uses["w.0"].computed and scaled.uses["w.0"].columns() == (0,)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "columns"),
+    [
+        (lambda x, w: F.linear(x, w), (6, 8), (1,)),
+        (lambda x, w: x @ w, (8, 6), (0,)),
+        (lambda x, w: (w @ x.mT).mT, (6, 8), (1,)),
+        (lambda x, w: torch.einsum("bti,ihk->bthk", x, w), (8, 3, 2), (0,)),
+        (lambda x, w: torch.einsum("bthk,hko->bto", x.view(2, 5, 4, 2), w), (4, 2, 6), (0, 1)),
+        (lambda x, w: torch.einsum("bti,eoi->bteo", x, w), (3, 6, 8), (2,)),
+        (lambda x, w: torch.bmm(x, w[:2]), (3, 8, 6), (1,)),
+        (lambda x, w: torch.baddbmm(torch.zeros(2, 5, 6), x, w[[2, 0]]), (3, 8, 6), (1,)),
+        (lambda x, w: F.linear(x[0], w[torch.tensor(1)]), (3, 6, 8), (2,)),
+        (lambda x, w: x[0] @ w.half().float().t().contiguous(), (6, 8), (1,)),
+        (lambda x, w: F.linear(x, torch.cat([w, w])), (6, 8), (1,)),
+        (lambda x, w: F.linear(x, w.chunk(2)[1]), (6, 8), (1,)),
+        (lambda x, w: F.conv1d(x.mT, w), (6, 8, 3), (1, 2)),
+        (lambda x, w: F.conv_transpose1d(x.mT, w), (8, 6, 1), (0,)),
+        (lambda x, w: torch.mv(w, x[0, 0]), (6, 8), (1,)),
+        (lambda x, w: F.bilinear(x, x, w), (6, 8, 8), (2,)),
+    ],
+)
+def test_the_axes_that_a_product_sums_over_are_followed(
+    function: Callable[..., Tensor], shape: tuple[int, ...], columns: tuple[int, ...]
+) -> None:
+    (use,) = trace(Calls(function, shape), torch.randn(2, 5, 8)).uses.values()
+    assert use.columns() == columns
 
 
 def test_convolutions_of_any_size_count_in_the_total() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from padst_compiler.index_map import IndexMap
+from padst_compiler.insertion import as_contiguous, constant, inline
 from padst_compiler.passes.folding.problem import Edge, Gather
-from padst_compiler.rewrite import as_contiguous, constant, inline
 
 __all__ = ["Rewriter"]
 
