@@ -1,4 +1,4 @@
-"""What passes insert: traced functions with their values, constants of a module, laid out copies."""
+"""What passes insert: traced functions with their values, constants, laid out copies."""
 
 from typing import Any
 
