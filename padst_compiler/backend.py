@@ -230,7 +230,8 @@ def export_onnx(
 
 
 def _has_padst(graph_module: fx.GraphModule) -> bool:
-    return any("padst." in str(n.target) for n in graph_module.graph.nodes)
+    graphs = [m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
+    return any("padst." in str(node.target) for graph in graphs for node in graph.nodes)
 
 
 def _owner(source: str) -> str:

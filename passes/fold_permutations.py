@@ -53,7 +53,7 @@ class FoldPermutations:
         left = []
         known = {edge.node for edge in problem.edges}
         for node in graph.find_nodes(op="call_function", target=PERMUTE):
-            if node not in known:
+            if node not in known and not facts.is_settled(node):  # else it moves once, not in calls
                 why = "the map is not frozen: it may change between calls"
                 left.append(Refusal(facts.owner(node), why))
         for edge in problem.edges:

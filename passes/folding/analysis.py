@@ -157,7 +157,8 @@ class Analysis:
     def bytes(node: fx.Node) -> float:
         """Return the size of a result."""
         value = node.meta["val"]
-        return float(math.prod(size_hint(n) for n in value.shape) * value.element_size())
+        numbers = math.prod(size_hint(n) for n in value.shape)
+        return float(max(1, numbers) * value.element_size())  # an empty one too costs something
 
     def align(self, pairs: Iterable[tuple[Side, Side]], reader: fx.Node, why: str) -> None:
         """Make paired dimensions of two operands keep one order, or fix both."""
@@ -214,8 +215,10 @@ def unknown(analysis: Analysis, node: fx.Node) -> None:
     """Fix everything that an operator without a rule reads and writes."""
     name = str(getattr(node.target, "__name__", node.target))
     why = f"{name} is not proved to move with a permutation"
+    schema = getattr(node.target, "_schema", None)  # what it writes must be the tensor itself
+    own = node.target in BY_STRIDES or (schema is not None and schema.is_mutable)
     for operand in node.all_input_nodes:
-        if node.target in BY_STRIDES and analysis.is_live(operand):
+        if own and analysis.is_live(operand):
             for factors in analysis.dims(operand):
                 analysis.pin(factors, why)
         else:
