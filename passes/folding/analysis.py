@@ -27,17 +27,11 @@ from padst_compiler.passes.folding.problem import (
     Problem,
     apart,
 )
-from padst_compiler.passes.folding.spaces import Axis, Size, size_of, unify
+from padst_compiler.passes.folding.refinement import Side, refined
+from padst_compiler.passes.folding.spaces import Axis, Size, Space, size_of, unify
 from padst_compiler.rewrite import Facts
 
 __all__ = ["Analysis", "Rule", "Side", "on_live", "unknown"]
-
-Side: TypeAlias = tuple[tuple[Factor, ...], "fx.Node | None", int]
-"""The factors of one dimension of one operand; no operand where the result runs over them too.
-
-Data that is moved back before its reader leaves the reader's result in the old order: so it helps
-only where the result does not run over these factors.
-"""
 
 
 class Analysis:
@@ -102,27 +96,31 @@ class Analysis:
         """Return ``dims`` settled, with what it asks of the fields that it holds in part."""
         dims = settled(dims)
         for field, held in fields_of(dims).items():
-            if len(set(held)) < len(field.sizes):
-                self.restrict(field, "heads" if 0 in held else "common", "uses a part of an axis")
+            if len(set(held)) < len(held) and len(field.sizes) > 1:
+                self.restrict(field, range(len(field.sizes)), "still", "an axis stands in it twice")
+            elif len(set(held)) < len(field.sizes):
+                self.restrict(field, held, "any", "uses a part of an axis")
         return dims
 
     def free(self, axis: Axis, why: str, edit: Edit, absorbs: str = "") -> None:
         """Note that something follows every order of ``axis``."""
         self.problem.endpoints.append(Endpoint(axis, why, ANY, edit, absorbs=absorbs))
 
-    def restrict(self, field: Field, how: str, why: str) -> None:
+    def restrict(self, field: Field, held: Sequence[int], how: str, why: str) -> None:
         """Note which orders of a divided field are left; see ``apart``."""
-        two = len(field.sizes) == 2 and all(isinstance(n, int) for n in field.sizes)
-        sizes = (int(field.sizes[0]), int(field.sizes[1])) if two else (0, 0)
-        allows = apart(sizes, how) if two else None
+        sizes = [n for n in field.sizes if isinstance(n, int)]
+        allows = apart(sizes, tuple(held), how) if len(sizes) == len(field.sizes) else None
         self.problem.endpoints.append(Endpoint(field.axis, why, allows))
 
     def pin(self, factors: Iterable[Factor], why: str, gather: Gather | None = None) -> None:
         """Fix the order of what one dimension runs over; a gather helps where it is one field."""
         factors = tuple(factors)
         only = gather if len(factors) == 1 and factors[0].is_whole else None
-        for field in {f.field: None for f in factors}:
-            self.problem.endpoints.append(Endpoint(field.axis, why, gather=only))
+        for field, held in fields_of([factors]).items():
+            if len(set(held)) < len(field.sizes):
+                self.restrict(field, held, "alone", why)
+            else:
+                self.problem.endpoints.append(Endpoint(field.axis, why, gather=only))
 
     def fix(
         self, operand: fx.Node, reader: fx.Node, why: str, dims: Sequence[int] | None = None
@@ -163,7 +161,7 @@ class Analysis:
     def align(self, pairs: Iterable[tuple[Side, Side]], reader: fx.Node, why: str) -> None:
         """Make paired dimensions of two operands keep one order, or fix both."""
         met: dict[tuple[Field, Field], list[tuple[Factor, Factor, Side, Side]]] = {}
-        for one, two in pairs:
+        for one, two in refined(list(pairs)):
             if [f.size for f in one[0]] != [f.size for f in two[0]]:
                 for side in (one, two):
                     self.pin(side[0], why, self._beside(side, reader))
@@ -172,27 +170,51 @@ class Analysis:
                 if not f.same(g):
                     met.setdefault((f.field, g.field), []).append((f, g, one, two))
         for (field, other), found in met.items():
-            places = [(f.at, g.at) for f, g, _, _ in found]
-            straight = field.sizes == other.sizes and all(a == b for a, b in places)
-            if straight and len(set(places)) == len(field.sizes):
+            held, theirs = (tuple(dict.fromkeys(pair[i].at for pair in found)) for i in (0, 1))
+            straight = field.sizes == other.sizes and held == theirs
+            if straight and len(held) == len(field.sizes):
                 if unify(field.axis, other.axis):
                     continue
-            elif straight and set(places) == {(0, 0)} and len(field.sizes) == 2:
-                self.restrict(field, "heads", why)
-                self.restrict(other, "heads", why)
-                self.problem.couplings.append(Coupling(field, other))
+            elif len(held) == len(theirs) == len(found) and len(field.sizes) + len(other.sizes) > 2:
+                self.couple(Coupling(field, other, held, theirs), why)
                 continue
-            self.part(field, [a for a, _ in places], found[0][2], reader, why)
-            self.part(other, [b for _, b in places], found[0][3], reader, why)
+            self.part(field, held, found[0][2], reader, why)
+            self.part(other, theirs, found[0][3], reader, why)
 
-    def part(self, field: Field, held: list[int], side: Side, reader: fx.Node, why: str) -> None:
+    def couple(self, coupling: Coupling, why: str) -> None:
+        """Make digits of two fields move in one way."""
+        for field, held in coupling.sides:
+            if len(held) < len(field.sizes):
+                self.restrict(field, held, "any", why)
+        self.problem.couplings.append(coupling)
+
+    def part(
+        self, field: Field, held: Sequence[int], side: Side, reader: fx.Node, why: str
+    ) -> None:
         """Fix the factors ``held`` of a field."""
         if len(field.sizes) == 1:
             self.pin((field.whole,), why, self._beside(side, reader))
-        elif len(field.sizes) == 2 and len(set(held)) == 1:
-            self.restrict(field, "inner" if held[0] == 0 else "outer", why)
         else:
-            self.restrict(Field(field.axis, ()), "", why)
+            self.restrict(field, held, "still", why)
+
+    def whole(self, factors: tuple[Factor, ...], why: str) -> Field | None:
+        """Return one field for what a dimension runs over, tied to the fields that it is made of.
+
+        None where a size is a symbol or a factor stands in it twice.
+        """
+        if len(factors) == 1 and factors[0].is_whole:
+            return factors[0].field
+        sizes = [f.size for f in factors if isinstance(f.size, int)]
+        known = [n for f in factors for n in f.field.sizes if isinstance(n, int)]
+        if not sizes or len(set(factors)) < len(factors) or len(sizes) < len(factors):
+            return None
+        if len(known) < sum(len(f.field.sizes) for f in factors):
+            return None
+        made = Field((Space(math.prod(sizes)),), tuple(sizes))
+        for field, held in fields_of([factors]).items():
+            own = tuple(at for at, f in enumerate(factors) if f.field is field)
+            self.couple(Coupling(field, made, tuple(held), own), why)
+        return Field(made.axis, (math.prod(sizes),))
 
 
 BY_STRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)

@@ -13,7 +13,8 @@ import numpy as np
 
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.labels import Labels, identity, joined, key_of
-from padst_compiler.passes.folding.problem import ANY, Coupling, Edge, Endpoint, Problem
+from padst_compiler.passes.folding.pieces import pieces
+from padst_compiler.passes.folding.problem import ANY, Coupling, Edge, Endpoint, Problem, held_by
 from padst_compiler.passes.folding.solver import LARGE, Table, minimise
 from padst_compiler.passes.folding.spaces import Axis, Space, leaves, total
 
@@ -49,6 +50,7 @@ class Orders:
 def choose(problem: Problem) -> Orders:
     """Return the orders of least cost."""
     orders = Orders()
+    problem = Problem(pieces(problem.edges), problem.endpoints, problem.couplings)
     tried = Labels(problem)
     spaces = list(tried.of)
     if not spaces:
@@ -85,7 +87,7 @@ def _endpoint(endpoint: Endpoint, axis: Axis, space: Space, orders: list[IndexMa
     otherwise = LARGE if endpoint.gather is None else endpoint.gather.bytes
     for at, order in enumerate(orders):
         if not order.is_identity:
-            whole = joined([order if s is space else identity(s.size) for s in axis])
+            whole = _with(axis, space, order)
             allowed = endpoint.allows is not None and endpoint.allows(whole)
             cost[at] = 0.0 if allowed else otherwise
     return cost
@@ -129,33 +131,37 @@ def _add_coupling(
     """Forbid that the heads of two fields come in different orders."""
     one, two = leaves(coupling.one.axis), leaves(coupling.two.axis)
     single = len(one) == len(two) == 1
-    if single and one[0] in place and two[0] in place:
-        if one[0] is two[0]:
-            return
-        heads = [
-            [_heads(order, field.sizes[1]) for order in tried.of[space]]
-            for space, field in ((one[0], coupling.one), (two[0], coupling.two))
+    if single and one[0] is two[0]:
+        moved = [
+            [held_by(order, field.sizes, held) for order in tried.of.get(one[0], ())]
+            for field, held in coupling.sides
         ]
-        alike = [[a is not None and a == b for b in heads[1]] for a in heads[0]]
-        table = np.where(alike, 0.0, LARGE)
+        if one[0] in place:
+            alike = [a is not None and a == b for a, b in zip(*moved, strict=True)]
+            unary[place[one[0]]] += np.where(alike, 0.0, LARGE)
+        return
+    if single and one[0] in place and two[0] in place:
+        moved = [
+            [held_by(order, field.sizes, held) for order in tried.of[leaves(field.axis)[0]]]
+            for field, held in coupling.sides
+        ]
+        table = np.where([[a is not None and a == b for b in moved[1]] for a in moved[0]], 0, LARGE)
         _add_pair(pairs, place[one[0]], place[two[0]], table)
         return
-    for axis, field in ((one, coupling.one), (two, coupling.two)):
-        for space in axis:
+    for field, held in coupling.sides:
+        axis = leaves(field.axis)
+        for space in dict.fromkeys(axis):
             if space in place:
-                orders = tried.of[space]
-                kept = [len(axis) == 1 and _heads(o, field.sizes[1]) == b"" for o in orders]
-                fine = [o.is_identity or k for o, k in zip(orders, kept, strict=True)]
-                unary[place[space]] += np.array([0.0 if f else LARGE for f in fine])
+                whole = [_with(axis, space, order) for order in tried.of[space]]
+                still = [held_by(order, field.sizes, held) == b"" for order in whole]
+                unary[place[space]] += np.where(still, 0.0, LARGE)
 
 
-def _heads(order: IndexMap, features: object) -> bytes | None:
-    """Return the order of whole heads: b"" for the identity, None where heads are mixed."""
-    assert isinstance(features, int)
-    split = order.blocks(features)
-    if split is None:
-        return None
-    return b"" if IndexMap(split.outer).is_identity else split.outer.numpy().tobytes()
+def _with(axis: Axis, space: Space, order: IndexMap) -> IndexMap:
+    """Return the order of an axis of which only one space moves."""
+    if not all(isinstance(s.size, int) for s in axis):
+        return order  # alone: no other has numbers
+    return joined([order if s is space else identity(s.size) for s in axis])
 
 
 def _add_pair(pairs: dict[tuple[int, int], Table], i: int, j: int, table: Table) -> None:

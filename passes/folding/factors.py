@@ -16,7 +16,17 @@ import sympy
 
 from padst_compiler.passes.folding.spaces import Axis, Size, Space, leaves, total
 
-__all__ = ["Dims", "Factor", "Field", "fields_of", "fresh", "regroup", "renewed", "settled"]
+__all__ = [
+    "Dims",
+    "Factor",
+    "Field",
+    "divider",
+    "fields_of",
+    "fresh",
+    "regroup",
+    "renewed",
+    "settled",
+]
 
 
 @dataclass(eq=False)
@@ -142,7 +152,7 @@ def regroup(
             first = _first(factor, product, size)
             if factor is None or first is None:
                 break
-            divide = _divider(factor, first)
+            divide = divider(factor, first)
             queue = [new for old in queue for new in divide(old)]
             done = [[new for old in part for new in divide(old)] for part in done]
             taken = [new for old in taken for new in divide(old)]
@@ -182,7 +192,7 @@ def _meeting(one: Sequence[Size], two: Sequence[Size]) -> tuple[int, int] | None
     return None
 
 
-def _divider(factor: Factor, first: int) -> Callable[[Factor], list[Factor]]:
+def divider(factor: Factor, first: int) -> Callable[[Factor], list[Factor]]:
     """Return what replaces each factor when one is divided in ``first`` and the rest."""
     field, at = factor.field, factor.at
     assert isinstance(factor.size, int)

@@ -8,17 +8,19 @@ identity; all others follow from it along the maps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import networkx as nx
 import torch
 
 from padst_compiler.index_map import IndexMap
-from padst_compiler.passes.folding.problem import Coupling, Edge, Problem
+from padst_compiler.passes.folding.problem import Coupling, Edge, Problem, lifted, project
 from padst_compiler.passes.folding.spaces import Space, leaves
 
 __all__ = ["Labels", "identity", "joined", "key_of"]
 
 MOST = 96  # orders that one space may choose from
+BASES = 6  # orders that one is put together with
 
 
 class Labels:
@@ -41,8 +43,8 @@ class Labels:
         graph.add_nodes_from(space for space, _ in wishes)
         for group in nx.connected_components(graph):
             self._fill(graph.subgraph(group), [w for w in wishes if w[0] in group])
-        for _ in range(2):
-            for coupling in problem.couplings:
+        for turn in range(4):
+            for coupling in problem.couplings[:: 1 if turn % 2 else -1]:
                 self._lift(coupling)
 
     def _fill(self, graph: nx.MultiGraph, wishes: Sequence[tuple[Space, IndexMap]]) -> None:
@@ -69,21 +71,23 @@ class Labels:
             self.of.setdefault(space, []).append(order)
 
     def _lift(self, coupling: Coupling) -> None:
-        one, two = leaves(coupling.one.axis), leaves(coupling.two.axis)
-        if len(one) != 1 or len(two) != 1:
-            return
-        for a, b, own, theirs in (
-            (one[0], two[0], coupling.one, coupling.two),
-            (two[0], one[0], coupling.two, coupling.one),
-        ):
-            features, other = own.sizes[1], theirs.sizes[1]
-            assert isinstance(features, int) and isinstance(other, int)
-            for order in list(self.of.get(a, ())):
-                split = order.blocks(features)
-                if split is not None and not order.is_identity:
-                    moved = split.outer.view(-1, 1) * other + torch.arange(other)
-                    self._add(b, identity(b.size))
-                    self._add(b, IndexMap(moved.flatten()))
+        """Try on either side what moves its digits as an order of the other side moves them."""
+        for (field, held), (other, theirs) in (coupling.sides, coupling.sides[::-1]):
+            one, two = leaves(field.axis), leaves(other.axis)
+            numbers = all(isinstance(n, int) for n in (*field.sizes, *other.sizes))
+            if len(one) != 1 or len(two) != 1 or not numbers:
+                continue
+            sizes: Any = other.sizes
+            own: Any = field.sizes
+            for order in list(self.of.get(one[0], ())):
+                wanted = project(order, own, held)
+                if wanted is not None and not order.is_identity:
+                    self._add(two[0], identity(two[0].size))
+                    for base in self.of[two[0]][:BASES]:
+                        present = project(base, sizes, theirs)
+                        if present is not None:
+                            step = lifted(present.argsort()[wanted], sizes, theirs)
+                            self._add(two[0], IndexMap(base.perm[step]))
 
 
 def joined(orders: Sequence[IndexMap]) -> IndexMap:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.factors import Field
-from padst_compiler.passes.folding.spaces import Axis
+from padst_compiler.passes.folding.spaces import Axis, Size
 
 if TYPE_CHECKING:
     from padst_compiler.passes.folding.rewriting import Rewriter
 
-__all__ = ["ANY", "Coupling", "Edge", "Edit", "Endpoint", "Gather", "Problem", "apart"]
+__all__ = [
+    "ANY",
+    "Coupling",
+    "Edge",
+    "Edit",
+    "Endpoint",
+    "Gather",
+    "Problem",
+    "apart",
+    "held_by",
+    "lifted",
+    "project",
+]
 
 Edit: TypeAlias = "Callable[[Rewriter, IndexMap], None]"
 Allows: TypeAlias = Callable[[IndexMap], bool]
@@ -72,10 +85,32 @@ class Edge:
 
 @dataclass(eq=False)
 class Coupling:
-    """Two fields of (heads, features) whose heads must keep one order."""
+    """Digits of two fields that must move in one way, seeing no other digit.
+
+    ``held`` and ``other`` name them in one sequence; by default the heads of (heads, features).
+    """
 
     one: Field
     two: Field
+    held: tuple[int, ...] = (0,)
+    other: tuple[int, ...] = (0,)
+
+    @property
+    def sides(self) -> tuple[tuple[Field, tuple[int, ...]], tuple[Field, tuple[int, ...]]]:
+        """Both fields with their digits."""
+        return (self.one, self.held), (self.two, self.other)
+
+
+def held_by(order: IndexMap, sizes: Sequence[Size], held: Sequence[int]) -> bytes | None:
+    """Return how an order moves digits: b"" for not at all, None where it sees others."""
+    numbers = [n for n in sizes if isinstance(n, int)]
+    if len(numbers) < len(sizes):
+        return b"" if order.is_identity else None
+    moved = project(order, numbers, held)
+    if moved is None:
+        return None
+    still = bool((moved == torch.arange(len(moved))).all())
+    return b"" if still else moved.numpy().tobytes()
 
 
 @dataclass
@@ -87,30 +122,69 @@ class Problem:
     couplings: list[Coupling] = field(default_factory=list)
 
 
-def apart(sizes: tuple[int, int], how: str) -> Allows:
-    """Return which orders of ``heads x features`` allow that the two are used apart.
+def project(order: IndexMap, sizes: Sequence[int], held: Sequence[int]) -> Tensor | None:
+    """Return how an order moves the digits ``held``, where it moves them without seeing the others.
 
     Args:
-        sizes: heads, features of each.
-        how: "heads" where whole heads are told apart and features follow them; "common" where
-            features are told apart for all heads alike; "outer" where only heads may move, "inner"
-            where only features within their head may.
+        order: of ``sizes`` read as one number in mixed radix.
+        sizes: of the digits, the most significant first.
+        held: digits, in the sequence in which the result reads them.
 
     Example:
         >>> swap = IndexMap.of([2, 3, 1, 0])
-        >>> [apart((2, 2), how)(swap) for how in ("heads", "common", "outer", "inner")]
-        [True, False, False, False]
+        >>> project(swap, (2, 2), [0]).tolist(), project(swap, (2, 2), [1])
+        ([1, 0], None)
     """
-    heads, features = sizes
+    places = _places(sizes, held)
+    number = torch.empty(order.size, dtype=torch.int64)
+    number[places] = torch.arange(len(places)).unsqueeze(1)
+    moved = number[order.perm][places]
+    return moved[:, 0].contiguous() if bool((moved == moved[:, :1]).all()) else None
+
+
+def lifted(perm: Tensor, sizes: Sequence[int], held: Sequence[int]) -> Tensor:
+    """Return the map that moves the digits ``held`` by ``perm`` and no other.
+
+    Example:
+        >>> lifted(torch.tensor([1, 0]), (2, 2), [0]).tolist()
+        [2, 3, 0, 1]
+    """
+    places = _places(sizes, held)
+    moved = torch.empty(places.numel(), dtype=torch.int64)
+    moved[places] = places[perm]
+    return moved
+
+
+def _places(sizes: Sequence[int], held: Sequence[int]) -> Tensor:
+    """Return all places, in a row those of which the digits ``held`` are the same."""
+    rest = [at for at in range(len(sizes)) if at not in held]
+    count = math.prod(sizes[at] for at in held)
+    every = torch.arange(math.prod(sizes)).view(tuple(sizes))
+    return every.permute(*held, *rest).reshape(count, -1)
+
+
+def apart(sizes: Sequence[int], held: Sequence[int], how: str) -> Allows:
+    """Return which orders allow that the digits ``held`` are used apart from the others.
+
+    Args:
+        sizes: of the digits.
+        held: digits.
+        how: "any" where they may move, but must not see the others; "still" where they stay, and
+            the others may move in another way for each; "alone" where the others must not see them.
+
+    Example:
+        >>> swap = IndexMap.of([0, 1, 3, 2])
+        >>> [apart((2, 2), [0], how)(swap) for how in ("any", "still", "alone")]
+        [True, True, False]
+    """
+    rest = [at for at in range(len(sizes)) if at not in held]
 
     def allows(order: IndexMap) -> bool:
-        split = order.blocks(features)
-        if split is None:
+        moved = project(order, sizes, held)
+        if moved is None or how == "any":
+            return moved is not None
+        if how == "alone" and project(order, sizes, rest) is None:
             return False
-        if how == "common":
-            return bool((split.inner == split.inner[0]).all())
-        if how == "outer":
-            return bool((split.inner == torch.arange(features)).all())
-        return how == "heads" or bool((split.outer == torch.arange(heads)).all())
+        return bool((moved == torch.arange(len(moved))).all())
 
     return allows

@@ -58,7 +58,7 @@ def group_norm(analysis: Analysis, node: fx.Node) -> None:
         unknown(analysis, node)
         return
     assert isinstance(channels, int) and isinstance(groups, int)
-    allows = apart((groups, channels // groups), "heads")
+    allows = apart((groups, channels // groups), (0,), "any")
     axis = dims[1][0].field.axis
     why = "the map mixes the groups of a norm"
     analysis.problem.endpoints.append(Endpoint(axis, why, allows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,7 +11,7 @@ from torch import fx
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.analysis import Analysis, Rule, Side, unknown
 from padst_compiler.passes.folding.factors import Dims, Factor, Field, fresh
-from padst_compiler.passes.folding.problem import Edit
+from padst_compiler.passes.folding.problem import Edit, Endpoint, apart, project
 from padst_compiler.passes.folding.rewriting import Rewriter
 from padst_compiler.rewrite import ATEN, shape_of
 
@@ -95,10 +96,15 @@ def follow(
         side_by_side = where == list(range(where[0], where[0] + len(where)))
         if alone and whole and side_by_side:
             analysis.free(field.axis, why, reordered(node, constant, where[0], len(where)))
-        elif len(field.sizes) == 2 and len(found) == 1:
-            analysis.restrict(field, "inner" if factors[0] == 0 else "outer", why)
+        elif alone and all(isinstance(n, int) for n in field.sizes):
+            sizes: Any = field.sizes
+            allows, edit = (
+                apart(sizes, factors, "any"),
+                _digits(node, constant, where, sizes, factors),
+            )
+            analysis.problem.endpoints.append(Endpoint(field.axis, why, allows, edit))
         else:
-            analysis.restrict(Field(field.axis, ()), "", why)
+            analysis.restrict(field, factors, "still", why)
 
 
 def reordered(reader: fx.Node, operand: fx.Node, dim: int, count: int = 1) -> Edit:
@@ -110,6 +116,28 @@ def reordered(reader: fx.Node, operand: fx.Node, dim: int, count: int = 1) -> Ed
             return flat.index_select(dim, perm).view(tensor.shape)
 
         rewriter.replace(reader, operand, reorder, order)
+
+    return edit
+
+
+def _digits(
+    reader: fx.Node,
+    operand: fx.Node,
+    where: Sequence[int],
+    sizes: Sequence[int],
+    held: Sequence[int],
+) -> Edit:
+    """Return the edit that moves dimensions of a constant as an order moves the digits ``held``."""
+
+    def edit(rewriter: Rewriter, order: IndexMap) -> None:
+        def reorder(tensor: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+            first = tensor.movedim(tuple(where), tuple(range(len(where))))
+            moved = first.flatten(0, len(where) - 1).index_select(0, perm).view(first.shape)
+            return moved.movedim(tuple(range(len(where))), tuple(where))
+
+        moved = project(order, sizes, held)
+        assert moved is not None  # it was allowed
+        rewriter.replace(reader, operand, reorder, IndexMap(moved))
 
     return edit
 

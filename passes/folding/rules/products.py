@@ -30,7 +30,6 @@ def permute(analysis: Analysis, node: fx.Node) -> None:
         unknown(analysis, node)
         return
     dims = analysis.dims(x)
-    axis = _axis_of(dims[-1], known.size)
     if int(x.meta["val"].shape[-1]) != known.size:
         unknown(analysis, node)
         return
@@ -39,22 +38,24 @@ def permute(analysis: Analysis, node: fx.Node) -> None:
         analysis.problem.edges.append(Edge(node, axis, axis, known, 0.0))
         analysis.keep(node, renewed(dims))
         return
-    if axis is None:  # several factors, in the order that they are in
-        why = "what it permutes is put together of parts"
+    dims = renewed(dims)
+    why = "what it permutes is put together of parts"
+    axis = _axis_of(analysis.whole(dims[-1], why), known.size)
+    if axis is None:
         analysis.pin(dims[-1], why)
         axis = (Space(known.size),)
         analysis.pin((Field(axis, (known.size,)).whole,), why)
     target = Field((Space(known.size),), (known.size,))
     edge = Edge(node, axis, target.axis, known, analysis.bytes(node))
     analysis.problem.edges.append(edge)
-    analysis.keep(node, (*renewed(dims)[:-1], (target.whole,)))
+    analysis.keep(node, (*dims[:-1], (target.whole,)))
 
 
-def _axis_of(factors: tuple[Factor, ...], size: int) -> Axis | None:
-    """Return the axis of a dimension that is one field; a symbol for its size becomes a number."""
-    if len(factors) != 1 or not factors[0].is_whole:
+def _axis_of(field: Field | None, size: int) -> Axis | None:
+    """Return the axis of a field; a symbol for its size becomes a number."""
+    if field is None:
         return None
-    axis = leaves(factors[0].field.axis)
+    axis = leaves(field.axis)
     if len(axis) == 1 and not isinstance(axis[0].size, int):
         axis[0].size = size
     return axis if total(axis) == size else None
@@ -125,12 +126,13 @@ def _read(
     analysis: Analysis, node: fx.Node, x: fx.Node, dims: Dims, dim: int, weight: fx.Node, at: int
 ) -> None:
     """Let dimension ``at`` of a constant weight follow what ``dim`` of ``x`` runs over."""
-    factors = dims[dim]
-    if len(factors) == 1 and factors[0].is_whole:
-        edit = reordered(node, weight, at)
-        analysis.free(factors[0].field.axis, "", edit, f"columns of {_label(analysis, weight)}")
+    factors, why = dims[dim], "a linear reads a part of an axis"
+    field = analysis.whole(factors, why)
+    if field is None:
+        analysis.pin(factors, why, analysis.before(x, dim, node))
     else:
-        analysis.pin(factors, "a linear reads a part of an axis", analysis.before(x, dim, node))
+        edit = reordered(node, weight, at)
+        analysis.free(field.axis, "", edit, f"columns of {_label(analysis, weight)}")
 
 
 def _written(analysis: Analysis, node: fx.Node, weight: fx.Node, at: int) -> tuple[Factor, ...]:
@@ -187,13 +189,14 @@ def structured(analysis: Analysis, node: fx.Node) -> None:
     def fold_rows(rewriter: Rewriter, order: IndexMap) -> None:
         rewriter.restructure(node, lambda v, i, p: structure.fold_rows(v, i, p, shape), order)
 
-    factors = dims[-1]
-    if factors and (len(factors) > 1 or not factors[0].is_whole):
-        analysis.pin(factors, "a linear reads a part of an axis", None)
-    elif factors:
+    factors, why = dims[-1], "a linear reads a part of an axis"
+    read = analysis.whole(factors, why) if factors else None
+    if read is None:
+        analysis.pin(factors, why)
+    else:
         analysis.problem.endpoints.append(
             Endpoint(
-                factors[0].field.axis,
+                read.axis,
                 beyond.format("columns") if frozen else f"the weight of {label} is not frozen",
                 _absorbs(structure, shape, "input") if frozen else None,
                 fold_columns,
