@@ -47,6 +47,7 @@ class FoldPermutations:
         permutes = list(graph.find_nodes(op="call_function", target=PERMUTE))
         if not permutes:
             return Report(self.name)
+        _drop_strides(graph)
         fired = _share(graph, permutes, facts)
         problem = Analysis(graph, facts, RULES, pointwise).problem
         orders = choose(problem)
@@ -66,6 +67,22 @@ class FoldPermutations:
                 fired.append(Rule(name, "a simpler map is left"))
         _apply(graph, facts, problem, orders)
         return Report(self.name, tuple(fired), tuple(left))
+
+
+def _drop_strides(graph: fx.Graph) -> None:
+    """Drop what says of a tensor how it lies already: pooling to one pixel does."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        value, new = x.meta["val"], node.meta["val"]
+        numbers = (*value.shape, *value.stride(), *new.stride())
+        if value.shape != new.shape or not all(type(n) is int for n in numbers):
+            continue
+        lies = zip(value.shape, value.stride(), new.stride(), strict=True)
+        offset = value.storage_offset() == new.storage_offset()
+        if offset and all(a == b for size, a, b in lies if size != 1):
+            node.replace_all_uses_with(x)
+            graph.erase_node(node)
 
 
 def _share(graph: fx.Graph, permutes: list[fx.Node], facts: Facts) -> list[Rule]:

@@ -294,10 +294,6 @@ def test_a_frozen_vector_spreads_a_column_over_the_axis(rewrite: Rewrite) -> Non
             lambda h: torch.cat([-h[:, 12:], h[:, :12]], dim=-1),
             "the map mixes parts of an axis that are used apart",
         ),
-        (  # channel shuffle
-            lambda h: h.view(-1, 4, 6).transpose(1, 2).reshape(-1, O),
-            "what it permutes is put together of parts",
-        ),
         (lambda h: h.view(-1, 4, 6).softmax(-1).view(-1, O), "uses a part of an axis"),  # H * D
         (lambda h: h.view(16, 36).view(-1, O), "a view cuts across an axis"),
     ],

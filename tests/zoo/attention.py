@@ -17,7 +17,6 @@ E = 32  # 4 heads of 8: their maps are more than a block or a group of N:M absor
 class Attention(Net):
     shape = (2, 5, D)
     gathers: Counts = 1
-    today: Counts | None = None
     why = "a random map does not factor into heads"
 
     def build(self) -> None:
@@ -44,7 +43,6 @@ class AttentionWithinHeads(Attention):
     """Each head's map is absorbed by v."""
 
     gathers: Counts = 0
-    today: Counts | None = Each(block=1, diagonal=1)
     why = ""
 
     def order(self) -> Tensor | None:
@@ -60,8 +58,6 @@ class AttentionHeadByHead(AttentionWithinHeads):
 
 class AttentionAcrossHeads(AttentionWithinHeads):
     """Whole heads, here 16 of 2 features, move: q, k and v move with them."""
-
-    today = 1
 
     def order(self) -> Tensor | None:
         return across(E, 2)
@@ -137,7 +133,6 @@ class GatedByItself(Net):
     """A packed projection without heads: three writers in one."""
 
     shape = (2, 5, D)
-    today = 1
 
     def build(self) -> None:
         self.qkv, self.o = self.free(D, 3 * D), self.shuffled(D, D)
@@ -201,7 +196,6 @@ class GroupedQueriesTornApart(GroupedQueries):
 
     gathers = Each(block=1, diagonal=1)  # groups of 8 absorb it
     why = "one head of values has one order, and two readers want two"
-    today = None
 
     def order(self) -> Tensor | None:
         return torch.cat([8 * head + torch.arange(8).roll(head) for head in range(4)])
@@ -245,7 +239,6 @@ class QueriesAndKeysPermuted(Attention):
     """q and k are written in one order, head by head, and meet in a contraction."""
 
     gathers, why = 0, ""
-    today = Each(block=2)
 
     def build(self) -> None:
         table, self.v, self.o = within(E, 8), self.free(D, E), self.free(E, D)
@@ -254,8 +247,6 @@ class QueriesAndKeysPermuted(Attention):
 
 class QueriesAndKeysPermutedThroughRotation(QueriesAndKeysPermuted):
     """One head, so that the pairs of the rotation move together."""
-
-    today = Each(block=2, diagonal=2)
 
     def build(self) -> None:
         table, self.v, self.o = pairs_of_halves(), self.free(D, D), self.free(D, D)
@@ -300,7 +291,6 @@ class CachedKeysAndValues(AttentionWithinHeads):
 
     gathers = Each(block=1, diagonal=1)  # groups of 8 absorb it
     why = "the cache comes in its own order"
-    today = None
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         cache = (torch.randn(2, 4, 3, 8, dtype=dtype) for _ in range(2))
@@ -316,7 +306,6 @@ class BuiltInAttention(Net):
     """``nn.MultiheadAttention`` writes; its output projection is dense."""
 
     shape = (2, 5, D)
-    today = 1
 
     def build(self) -> None:
         self.mha = nn.MultiheadAttention(D, 4, batch_first=True)

@@ -112,8 +112,6 @@ class VectorExpandedFirst(Net):
 
 
 class ConstantMadeInForward(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x) * torch.linspace(0, 1, D, dtype=x.dtype))
 
@@ -227,8 +225,6 @@ class SwiGlu(Net):
 
 
 class PackedGlu(Net):
-    today = 1
-
     def build(self) -> None:
         self.a, self.r = self.free(D, 2 * D), self.shuffled(D, D)
 
@@ -267,8 +263,6 @@ class OutputSide(Net):
 
 
 class OutputSideActivated(OutputSide):
-    today = Each(block=1, diagonal=1)
-
     def build(self) -> None:
         self.r, self.a = self.shuffled(D, D, "output"), self.free(D, D)
 
@@ -288,7 +282,6 @@ class OutputSideReturned(Net):
 
 class OutputSideIntoInputSide(Net):
     gathers, why = Each(block=1, diagonal=1), "two maps become one, which no structure absorbs"
-    today = Each(block=2, diagonal=2)
 
     def build(self) -> None:
         self.s, self.r = self.shuffled(D, D, "output"), self.shuffled(D, D)
@@ -303,8 +296,6 @@ class OutputSideActivatedIntoInputSide(OutputSideIntoInputSide):
 
 
 class InversePairAcrossAnActivation(Net):
-    today = Each(block=2, diagonal=2)
-
     def build(self) -> None:
         table = torch.randperm(D)
         self.s = self.shuffled(D, D, "output", table=table)
@@ -337,7 +328,6 @@ class DeepChainOfBlockMaps(DeepChain):
 
 class ReadTwice(Net):
     gathers, why = 1, "one tensor has one order, and two readers want two"
-    today = 2
 
     def build(self) -> None:
         super().build()
@@ -349,8 +339,6 @@ class ReadTwice(Net):
 
 
 class ReadTwiceInOneOrder(Net):
-    today = 2
-
     def build(self) -> None:
         super().build()
         table = torch.randperm(D)
@@ -362,8 +350,6 @@ class ReadTwiceInOneOrder(Net):
 
 
 class ReadPermutedAndPlain(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.b = self.free(D, D)
@@ -391,8 +377,6 @@ class HiddenJoined(Net):
 
 class HiddenSummed(Net):
     """What leaves is a sum over the features: no order is seen."""
-
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         h = F.relu(self.a(x))

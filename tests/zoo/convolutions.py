@@ -19,16 +19,12 @@ class _Channels(Net):
 
 
 class ConvolutionControl(_Channels):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(F.relu(self.a(x)))
 
 
 class ChannelShuffle(_Channels):
     """A view, a transposition and a view are one map of the channels."""
-
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         y = self.a(x)
@@ -37,15 +33,11 @@ class ChannelShuffle(_Channels):
 
 
 class ChannelShuffleBuiltIn(_Channels):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(F.channel_shuffle(self.a(x), 4))
 
 
 class PReluPerChannel(_Channels):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.slope = nn.PReLU(D)
@@ -67,8 +59,6 @@ class TwoConvolutionsJoined(_Channels):
 
 
 class DenseConvolutionWrites(_Channels):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.a = nn.Conv2d(D, D, 3, padding=1)
@@ -84,8 +74,6 @@ class TransposedConvolutionWrites(DenseConvolutionWrites):
 
 
 class DepthwiseBetween(_Channels):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.depth = nn.Conv2d(D, D, 3, padding=1, groups=D)
@@ -109,7 +97,6 @@ class GroupedAcrossGroups(GroupedBetween):
     """Whole groups move: the writer's rows and the groups' rows move with them."""
 
     gathers, why = 0, ""
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -119,7 +106,6 @@ class GroupedAcrossGroups(GroupedBetween):
 
 class BatchNormAndPooling(_Channels):
     shape = (2, D, 4, 4)
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -134,15 +120,12 @@ class BatchNormAndPooling(_Channels):
 
 class AveragePoolAndUpsample(_Channels):
     shape = (2, D, 4, 4)
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         return self.r(F.interpolate(F.avg_pool2d(self.a(x), 2), scale_factor=2.0))
 
 
 class PooledIntoALinear(_Channels):
-    today = Each(block=1)
-
     def build(self) -> None:
         self.a, self.r = self.convolution(), self.shuffled(D, D)
 
@@ -167,8 +150,6 @@ class FlattenedIntoALinear(_Channels):
 
 
 class SqueezeAndExcite(_Channels):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.down, self.up = nn.Linear(D, 4), nn.Linear(4, D)
@@ -181,8 +162,6 @@ class SqueezeAndExcite(_Channels):
 
 class PixelShuffle(_Channels):
     """A channel becomes 2 x 2 pixels: the map moves its four rows together."""
-
-    today = 1
 
     def build(self) -> None:
         self.a, self.r = self.convolution(D, 4 * D), self.convolution(shuffled=True)
@@ -218,7 +197,6 @@ class ResidualBlocks(_Channels):
 
     gathers, why = 1, "two readers of the stream want two orders"
     shape = (2, D, 4, 4)
-    today = 2
 
     def build(self) -> None:
         super().build()
@@ -241,8 +219,6 @@ class ChannelsLast(ConvolutionControl):
 
 class NormOverChannels(_Channels):
     """As ConvNeXt: to the last axis, a norm, two linears, and back."""
-
-    today = 1
 
     def build(self) -> None:
         self.a, self.norm = self.convolution(), nn.LayerNorm(D)

@@ -26,8 +26,6 @@ class FeaturesWrittenThroughAView(Net):
 
 
 class TokensWrittenThroughAView(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         y = self.a(x)
         y[2:5].mul_(3.0)
@@ -36,8 +34,6 @@ class TokensWrittenThroughAView(Net):
 
 
 class TransposeWrittenInPlace(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         y = self.a(x)
         y.t().exp_()
@@ -45,8 +41,6 @@ class TransposeWrittenInPlace(Net):
 
 
 class CopiedIntoABuffer(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         room = x.new_zeros(12, D)
         room[1:10] = self.a(x)
@@ -143,8 +137,6 @@ class ChoiceOfTheShape(Net):
 
 
 class TokenByToken(Net):
-    today = Each(block=1)
-
     def forward(self, x: Tensor) -> Any:
         rows, h = [], torch.zeros(D, dtype=x.dtype)
         for row in self.a(x)[:4]:
@@ -156,8 +148,8 @@ class TokenByToken(Net):
 class Recurrent(Net):
     """Its state begins at zero, in any order, and is read in the map's order at every step."""
 
-    gathers = Each(block=2)  # few tokens run dense elsewhere
-    why = "the state's writer is structured"
+    gathers = Each(block=2, nm=1)  # few tokens run dense elsewhere
+    why = "one writer serves all steps, and the last one leaves the graph in its own order"
 
     def forward(self, x: Tensor) -> Any:
         h = torch.zeros(3, D, dtype=x.dtype)
@@ -167,8 +159,6 @@ class Recurrent(Net):
 
 
 class OutputsInADict(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         h = self.a(x).relu()
         return {"logits": self.r(h), "extra": [h.mean(), None, 3], "nested": {"x": x}}
@@ -207,8 +197,6 @@ class ManyAxes(Net):
 
 
 class NotContiguous(Net):
-    today = 1
-
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.randn(2 * D, 9, dtype=dtype).t()[:, ::2],)
 
@@ -262,7 +250,6 @@ class GradientByHand(Net):
 
 class OverBatchesByVmap(Net):
     shape = (2, 5, D)
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         y = torch.vmap(lambda one: one - one.mean(0))(self.a(x))

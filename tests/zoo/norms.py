@@ -26,37 +26,28 @@ class _Normed(Net):
 
 
 class LayerNormBetween(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         return nn.LayerNorm(D)
 
 
 class LayerNormWithoutNumbers(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         return nn.LayerNorm(D, elementwise_affine=False)
 
 
 class LayerNormWithoutBias(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         return nn.LayerNorm(D, bias=False)
 
 
 class LayerNormOverTwoAxes(_Normed):
     shape = (2, 5, D)
-    today = 1
 
     def make(self) -> nn.Module:
         return nn.LayerNorm((5, D))
 
 
 class RmsNormBetween(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         return nn.RMSNorm(D)
 
@@ -65,7 +56,6 @@ class RmsNormByHand(Net):
     """As Llama's, with its cast to float32."""
 
     tolerance = 1e-4
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -80,8 +70,6 @@ class RmsNormByHand(Net):
 class GemmaNorm(Net):
     """Scales by one plus its weight."""
 
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.weight = nn.Parameter(torch.randn(D))
@@ -93,16 +81,12 @@ class GemmaNorm(Net):
 
 
 class StandardisedByHand(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         y = self.a(x)
         return self.r((y - y.mean(-1, keepdim=True)) / (y.std(-1, keepdim=True) + 1e-3))
 
 
 class BatchNormBetween(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         norm = nn.BatchNorm1d(D)
         assert norm.running_mean is not None and norm.running_var is not None
@@ -121,23 +105,18 @@ class GroupNormBetween(_Normed):
 class GroupNormAcrossGroups(_Normed):
     """Whole groups move, so the map factors."""
 
-    today = 1
-
     def make(self) -> nn.Module:
         self.r = self.shuffled(D, D, table=across(D, 2))
         return nn.GroupNorm(8, D)
 
 
 class GroupNormOfOneGroup(_Normed):
-    today = 1
-
     def make(self) -> nn.Module:
         return nn.GroupNorm(1, D)
 
 
 class InstanceNormOverTokens(_Normed):
     shape = (2, 5, D)
-    today = 1
 
     def make(self) -> nn.Module:
         return nn.InstanceNorm1d(D, affine=True)
@@ -161,7 +140,6 @@ class NormReadByThree(Net):
     """q, k and v share one order."""
 
     shape = (2, 5, D)
-    today = 3
 
     def build(self) -> None:
         table, self.norm = torch.randperm(D), nn.LayerNorm(D)

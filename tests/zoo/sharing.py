@@ -72,8 +72,6 @@ class SameModuleOnTwoInputs(Net):
 class LoopedBlock(Net):
     """One block three times on a stream: its order is the stream's."""
 
-    today = 3
-
     def build(self) -> None:
         super().build()
         self.b, self.head = self.free(D, D), self.free(D, 5)
@@ -98,8 +96,6 @@ class _Tokens(Net):
 
 
 class EmbeddingWrites(_Tokens):
-    today = 1
-
     def build(self) -> None:
         self.embed, self.r = nn.Embedding(11, D), self.shuffled(D, D)
 
@@ -109,8 +105,6 @@ class EmbeddingWrites(_Tokens):
 
 class EmbeddingsSummed(_Tokens):
     """Words, positions and a kind of token, then a norm: as BERT."""
-
-    today = 1
 
     def build(self) -> None:
         self.words, self.places, self.r = (
@@ -127,8 +121,6 @@ class EmbeddingsSummed(_Tokens):
 
 class TiedHead(_Tokens):
     """The stream's order is a change of basis that embedding and head share."""
-
-    today = Each(block=1, nm=1)
 
     def build(self) -> None:
         self.embed, self.norm = nn.Embedding(11, D), nn.RMSNorm(D)
@@ -166,8 +158,6 @@ class ListOfParameters(Net):
 class StackedExperts(Net):
     """Every expert for every token, weighted: as a dense mixture of experts."""
 
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.up = nn.Parameter(torch.randn(3, D, D) / 4)
@@ -187,8 +177,6 @@ class Recomputed(Net):
 
 
 class BranchWithoutGradients(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.b = self.free(D, D)

@@ -33,7 +33,6 @@ class ResidualStream(Net):
     gathers: Counts = Each(block=1, nm=1)  # rectangular diagonals run dense
     why = "two readers of the stream want two orders"
     one_order = False
-    today = Each(block=2, nm=2)
 
     def build(self) -> None:
         self.a, self.head = self.free(D, D), self.free(D, 5)
@@ -79,8 +78,6 @@ class ResidualStreamReturned(ResidualStream):
 class ParallelBranches(Net):
     """As GPT-NeoX: two branches read one norm, both are added to the stream."""
 
-    today = 2
-
     def build(self) -> None:
         table = torch.randperm(D)
         self.a, self.head, self.norm = self.free(D, D), self.free(D, 5), nn.RMSNorm(D)
@@ -94,8 +91,6 @@ class ParallelBranches(Net):
 
 
 class HighwayGate(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.gate, self.b, self.head = self.free(D, D), self.free(D, D), self.free(D, 5)
@@ -107,8 +102,6 @@ class HighwayGate(Net):
 
 
 class PostNormStream(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.norm, self.b, self.head = nn.LayerNorm(D), self.free(D, D), self.free(D, 5)
@@ -120,8 +113,7 @@ class PostNormStream(Net):
 
 
 class SkipOverTwo(Net):
-    gathers, why = Each(block=1, diagonal=1), "a structured writer's rows absorb little"
-    today = Each(block=2, nm=1, diagonal=2)
+    gathers, why = Each(block=2, diagonal=2), "a structured writer's rows absorb little"
 
     def build(self) -> None:
         super().build()
@@ -145,7 +137,6 @@ class JoinedByKeyword(Net):
 
 class JoinedPartwise(JoinedByKeyword):
     gathers, why = 0, ""
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -173,8 +164,6 @@ class JoinedWithItself(JoinedByKeyword):
 
 
 class JoinedPermutedAndNot(Net):
-    today = Each(block=1, diagonal=1)
-
     def build(self) -> None:
         self.r, self.b, self.a = self.shuffled(D, D, "output"), self.free(D, D), self.free(2 * D, D)
 
@@ -183,8 +172,6 @@ class JoinedPermutedAndNot(Net):
 
 
 class JoinedOverTokens(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.b = self.free(D, D)
@@ -197,7 +184,6 @@ class ClassTokenJoined(Net):
     """As ViT: a learned token before the others, learned positions on all of them."""
 
     shape = (2, 5, D)
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -210,8 +196,6 @@ class ClassTokenJoined(Net):
 
 
 class StackedAndSummed(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.b = self.free(D, D)
@@ -237,8 +221,6 @@ class DenselyConnected(Net):
 
 class SplitIntoStreams(Net):
     """Both halves are read, each in an order of its own, and one is added to the other's reader."""
-
-    today = 2
 
     def build(self) -> None:
         self.a = self.free(D, 2 * D)

@@ -30,7 +30,6 @@ class RotateHalf(Net):
 
 class RotateHalfInPairs(RotateHalf):
     gathers, why = 0, ""
-    today = Each(block=1, diagonal=1)
 
     def build(self) -> None:
         self.a, self.r = self.free(D, D), self.shuffled(D, D, table=pairs_of_halves())
@@ -51,7 +50,6 @@ class RotateInterleaved(RotateHalf):
     """Neighbours are the pairs, as in GPT-J."""
 
     gathers, why = 0, ""
-    today = 1
 
     def build(self) -> None:
         self.a, self.r = self.free(D, D), self.shuffled(D, D, table=across(D, 2))
@@ -75,8 +73,6 @@ class RotateAsComplex(RotateInterleaved):
 class Roll(Net):
     """A shift along the axis and the map are one map."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.roll(self.a(x), 1, -1))
 
@@ -84,21 +80,16 @@ class Roll(Net):
 class RollOverTokens(Net):
     """As Swin: the features do not move."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.roll(self.a(x), 2, 0))
 
 
 class Flip(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).flip(-1))
 
 
 class FeaturesReordered(Net):
-    today = 1
     order: Tensor
 
     def build(self) -> None:
@@ -169,8 +160,6 @@ class CumulativeSum(Net):
 
 
 class CumulativeSumOverTokens(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.cumsum(self.a(x), 0))
 
@@ -209,15 +198,11 @@ class Convolved(Net):
 class SoftmaxOverTheAxis(Net):
     """The same for every order of the features."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.softmax(self.a(x), -1))
 
 
 class LogSoftmaxOverTheAxis(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(F.log_softmax(self.a(x), -1))
 
@@ -225,31 +210,23 @@ class LogSoftmaxOverTheAxis(Net):
 class SoftmaxByHand(Net):
     """Pointwise but for a sum over the axis, which has no order."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         y = (z := self.a(x)).sub(z.amax(-1, keepdim=True)).exp()
         return self.r(y / y.sum(-1, keepdim=True))
 
 
 class OfUnitLength(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(F.normalize(self.a(x), dim=-1))
 
 
 class SoftmaxOverTokens(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.softmax(self.a(x), 0))
 
 
 class DotProductInOneOrder(Net):
     """A contraction: both sides are in the same order, and none is seen behind it."""
-
-    today = Each(block=4, diagonal=4)
 
     def build(self) -> None:
         table = torch.randperm(D)
@@ -261,7 +238,6 @@ class DotProductInOneOrder(Net):
 
 class DotProductInTwoOrders(Net):
     gathers, why = Each(block=1, diagonal=1), "a contraction of two orders"
-    today = Each(block=2, diagonal=2)
 
     def build(self) -> None:
         self.r, self.s = self.shuffled(D, D, "output"), self.shuffled(D, D, "output")
@@ -285,7 +261,6 @@ class HeadsScaled(Net):
 
 class HeadsScaledWithinHeads(HeadsScaled):
     gathers, why = 0, ""
-    today = Each(block=1, diagonal=1)
 
     def build(self) -> None:
         super().build()
@@ -294,7 +269,6 @@ class HeadsScaledWithinHeads(HeadsScaled):
 
 class HeadsScaledAcrossHeads(HeadsScaled):
     gathers, why, heads = 0, "", 8
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -305,7 +279,6 @@ class HeadsRegrouped(Net):
     """A flip within heads is a map of all features, and the two are one."""
 
     shape = (2, 5, D)
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         y = self.a(x).view(2, 5, 4, 4).flip(-1)
@@ -315,22 +288,17 @@ class HeadsRegrouped(Net):
 class HeadsTransposed(Net):
     """A transposition of heads is a stride shuffle of the features."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).view(-1, 4, 4).transpose(1, 2).reshape(-1, D))
 
 
 class Transposed(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).t().relu().t())
 
 
 class AxesPermuted(Net):
     shape = (2, 3, 4, D)
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         y = self.a(x).permute(3, 0, 2, 1).contiguous().tanh()
@@ -339,7 +307,6 @@ class AxesPermuted(Net):
 
 class TokensRegrouped(Net):
     shape = (2, 6, D)
-    today = 1
 
     def forward(self, x: Tensor) -> Any:
         y = self.a(x).view(2, 2, 3, D).transpose(1, 2).reshape(4, 3, D)
@@ -362,15 +329,12 @@ class TokensMergedIntoFeatures(Net):
 
 class TokensMergedInOneOrder(TokensMergedIntoFeatures):
     gathers, why = 0, ""
-    today = Each(block=1)
 
     def build(self) -> None:
         self.a, self.r = self.free(D, D), self.shuffled(4 * D, D, table=within(4 * D, D))
 
 
 class FeaturesSplitIntoTokens(Net):
-    today = 1
-
     def build(self) -> None:
         self.a, self.r = self.free(D, 2 * D), self.shuffled(D, D)
 
@@ -390,7 +354,6 @@ class Repeated(Net):
 
 class RepeatedInOneOrder(Repeated):
     gathers, why = 0, ""
-    today = 1
 
     def build(self) -> None:
         self.a, self.r = self.free(D, D), self.shuffled(2 * D, D, table=within(2 * D, D))
@@ -402,16 +365,12 @@ class RepeatInterleaved(Repeated):
 
 
 class ExpandedOverTokens(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).mean(0, keepdim=True).expand(9, -1).relu())
 
 
 class Sliced(Net):
     """The other half of the writer's rows stays where it is."""
-
-    today = 1
 
     def build(self) -> None:
         self.a, self.r = self.free(D, 2 * D), self.shuffled(D, D)
@@ -452,8 +411,6 @@ class OuterProduct(Net):
 
 
 class EinsumOverFeatures(Net):
-    today = 1
-
     def build(self) -> None:
         super().build()
         self.w = nn.Parameter(torch.randn(D, D))
@@ -464,7 +421,6 @@ class EinsumOverFeatures(Net):
 
 class EinsumOverTokens(Net):
     shape = (2, 5, D)
-    today = 1
 
     def build(self) -> None:
         super().build()
@@ -489,7 +445,6 @@ class TokenMixing(Net):
     """As MLP-Mixer: a linear over tokens between writer and reader."""
 
     shape = (2, 8, D)
-    today = 1
 
     def build(self) -> None:
         super().build()

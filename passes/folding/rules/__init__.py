@@ -3,11 +3,13 @@
 from padst_compiler.passes.folding.rules import (
     attention,
     channels,
+    joins,
     movement,
     parts,
     pointwise,
     products,
     reductions,
+    regions,
 )
 
 __all__ = ["RULES"]
@@ -20,4 +22,6 @@ RULES = (
     | attention.RULES
     | channels.RULES
     | reductions.RULES
+    | joins.RULES
+    | regions.RULES
 )

@@ -77,9 +77,13 @@ def convolution(analysis: Analysis, node: fx.Node) -> None:
     plain = len(dims) > 2 and len(dims[1]) == 1 and dims[1][0].is_whole
     outputs, inputs = analysis.shape(weight)[:2]
     depthwise = groups != 1 and inputs == 1 and outputs == groups
-    if live or not plain or transposed or (groups != 1 and not depthwise):
+    depthwise &= not transposed
+    if live or not plain or (groups != 1 and (transposed or not depthwise)):
         unknown(analysis, node)
         return
+    reads, writes = 1, 0
+    if transposed:
+        (inputs, outputs), (reads, writes) = (outputs, inputs), (0, 1)
     name = f"{analysis.facts.owner(weight)} (convolution)"
     space = list(range(2, len(dims)))
     analysis.fix(x, node, "a convolution reads neighbours", space)
@@ -87,10 +91,10 @@ def convolution(analysis: Analysis, node: fx.Node) -> None:
     if depthwise:
         edit = reordered(node, weight, 0)
     else:
-        edit = reordered(node, weight, 1)
+        edit = reordered(node, weight, reads)
         analysis.free(channels[0].field.axis, "", edit, f"columns of {name}")
         field = Field((Space(outputs),), (outputs,))
-        channels, edit = (field.whole,), reordered(node, weight, 0)
+        channels, edit = (field.whole,), reordered(node, weight, writes)
     if analysis.shape(node)[1] == 1:
         channels = ()
     else:
@@ -174,6 +178,10 @@ RULES: dict[object, Rule] = {
         ATEN.avg_pool2d.default,
         ATEN._adaptive_avg_pool2d.default,
         ATEN.adaptive_max_pool2d.default,
+        ATEN.upsample_nearest2d.default,
+        ATEN.upsample_nearest2d.vec,
+        ATEN.upsample_bilinear2d.default,
+        ATEN.upsample_bilinear2d.vec,
     ),
     on_live(pooling),
 )

@@ -146,4 +146,10 @@ def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | float | bool | torch.SymInt | torch.SymFloat)
 
 
-RULES: dict[object, Rule] = {ATEN._to_copy.default: pointwise}
+RULES: dict[object, Rule] = dict.fromkeys(
+    (
+        *(ATEN._to_copy.default, ATEN.copy.default, ATEN.fill.Scalar, ATEN.fill.Tensor),
+        ATEN._prelu_kernel.default,
+    ),
+    pointwise,
+)

@@ -21,7 +21,8 @@ def reduction(analysis: Analysis, node: fx.Node) -> None:
         unknown(analysis, node)
         return
     dims = analysis.dims(x)
-    given = node.args[1] if len(node.args) > 1 else None
+    place = 2 if node.target is ATEN.linalg_vector_norm.default else 1  # behind the order of a norm
+    given = node.args[place] if len(node.args) > place else None
     if given is None or given == []:
         gone = set(range(len(dims)))
     else:
@@ -85,7 +86,8 @@ RULES: dict[object, Rule] = (
         (
             *(ATEN.sum.dim_IntList, ATEN.mean.dim, ATEN.amax.default, ATEN.amin.default),
             *(ATEN.sum.default, ATEN.mean.default, ATEN.logsumexp.default, ATEN.prod.dim_int),
-            *(ATEN.any.dim, ATEN.all.dim, ATEN.var.correction, ATEN.std.correction),
+            *(ATEN.linalg_vector_norm.default, ATEN.any.dim, ATEN.all.dim),
+            *(ATEN.var.correction, ATEN.std.correction),
         ),
         reduction,
     )

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
@@ -109,7 +110,33 @@ def test_align_couples_heads_whose_features_differ(empty: Analysis) -> None:
     (coupling,) = empty.problem.couplings
     assert (coupling.one, coupling.two) == (one[0].field, two[0].field)
     empty.align([((one[1:], None, 0), (two[1:], None, 0))], reader, "why")
-    assert len(empty.problem.couplings) == 1  # features alone are held in place instead
+    assert [c.held for c in empty.problem.couplings] == [(0,), (1,)]
+
+
+def test_align_divides_heads_in_groups(empty: Analysis) -> None:
+    reader = node(empty, ATEN.exp.default)
+    (heads,), (groups,), (copies,) = fresh([4, 2, 2])
+    empty.align([(((heads,), None, 0), ((groups, copies), None, 0))], reader, "why")
+    found = [(c.held, c.other, c.two.sizes) for c in empty.problem.couplings]
+    assert found == [((0,), (0,), (2,)), ((1,), (0,), (2,))]
+
+
+def test_a_field_that_stands_twice_in_a_tensor_is_fixed(empty: Analysis) -> None:
+    heads, features = halves((Space(6),), 3, 2)
+    empty.checked(((heads,), (heads,), (features,), (features,)))
+    allows = empty.problem.endpoints[-1].allows
+    assert allows is not None
+    assert allows(IndexMap.of([0, 1, 2, 3, 4, 5])) and not allows(IndexMap.of([2, 3, 0, 1, 4, 5]))
+
+
+def test_dimensions_put_together_are_one_field_where_sizes_are_known(empty: Analysis) -> None:
+    heads, features = halves((Space(6),), 3, 2)
+    whole = empty.whole((features, heads), "why")
+    assert whole is not None and whole.sizes == (6,)
+    assert [(c.held, c.other) for c in empty.problem.couplings] == [((1, 0), (0, 1))]
+    assert empty.whole((heads, heads), "why") is None
+    (symbol,) = fresh([sympy.Symbol("s")])
+    assert empty.whole((*symbol, heads), "why") is None
 
 
 def test_a_part_of_a_field_allows_what_keeps_it_apart(empty: Analysis) -> None:

@@ -92,7 +92,6 @@ def test_group_norm_allows_whole_groups_and_orders_within(
     ("net", "why"),
     [
         (lambda x, w, v: F.conv2d(x, w[:, :4], groups=3), f"convolution.default {UNPROVED}"),
-        (lambda x, w, v: F.conv_transpose2d(x, w), f"convolution.default {UNPROVED}"),
         (
             lambda x, w, v: F.batch_norm(x, None, None, v, v, training=True),
             UNPROVED,
@@ -144,3 +143,16 @@ def test_an_image_without_a_batch_is_pooled_in_place(rewrite: Rewrite) -> None:
         p=heads("mixed"),
     )
     assert result.moves == 1
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_a_transposed_convolution_reads_and_writes_channels(rewrite: Rewrite, after: bool) -> None:
+    def run(x: Tensor, p: Tensor, w: Tensor, b: Tensor) -> Any:
+        h = x if after else permute(x.mT.cumsum(-1), p).mT
+        h = F.conv_transpose2d(h.unsqueeze(-1), w, b, stride=(2, 1)).squeeze(-1)
+        return permute(h.mT, p) if after else h
+
+    p = torch.tensor([2, 0, 1, 4, 5, 3])
+    frozen = {"p": p, "w": torch.randn(6, 6, 2, 1).double(), "b": torch.randn(6).double()}
+    result = rewrite(FoldPermutations(), run, torch.randn(2, 6, 4).double(), **frozen)
+    assert (result.moves, result.left) == (0, [])

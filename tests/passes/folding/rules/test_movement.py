@@ -76,7 +76,6 @@ def test_heads_and_features_apart_allow_what_keeps_them_apart(
             lambda h: h.view(4, 18).reshape(6, N),
             "a view cuts across an axis",
         ),
-        (lambda h: h.view(6, 4, 3).transpose(1, 2).reshape(6, N), "put together of parts"),
         (lambda h: h.t().reshape(6, N), "put together of parts"),
         (lambda h: h.unsqueeze(1).expand(6, 2, N).reshape(6, 2 * N)[:, :N], ""),
     ],

@@ -46,7 +46,7 @@ def test_operands_with_one_order_move_together(rewrite: Rewrite, between: Any) -
         (lambda a, x, v: a + x, "it permutes a graph input (arg0_1)"),
         (lambda a, x, v: a * a.t(), "it permutes a graph input (arg0_1)"),
         (lambda a, x, v: a.view(N, 3, 4) * v[:4], "a constant is added in its own order"),
-        (lambda a, x, v: a.view(N, 3, 4) + a.view(N, 4, 3).transpose(1, 2), "another operand"),
+        (lambda a, x, v: a.view(N, 3, 4) + a.view(N, 4, 3).transpose(1, 2), "reaches an output"),
     ],
 )
 def test_operands_in_several_orders_stop_a_map(rewrite: Rewrite, between: Any, why: str) -> None:

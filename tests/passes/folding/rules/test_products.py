@@ -77,12 +77,28 @@ def test_experts_follow_along_rows_columns_and_their_own_dimension(
     assert (result.moves, result.left) == (0, [])
 
 
-def test_a_map_of_what_is_put_together_says_so(rewrite: Rewrite) -> None:
+@pytest.mark.parametrize("perm", [heads("mixed"), torch.randperm(N)])
+def test_a_map_of_digits_in_another_sequence_is_a_map_of_the_axis(
+    rewrite: Rewrite, perm: Tensor
+) -> None:
     def run(x: Tensor, p: Tensor, w: Tensor) -> Any:
         return permute(F.linear(x, w).view(6, 3, 4).transpose(1, 2).reshape(6, N), p)
 
-    result = rewrite(FoldPermutations(), run, x(6, N), p=heads("mixed"), w=x(N, N))
-    assert result.left[0].startswith("what it permutes is put together of parts")
+    result = rewrite(FoldPermutations(), run, x(6, N), p=perm, w=x(N, N))
+    assert (result.moves, result.left) == (0, [])
+
+
+@pytest.mark.parametrize(("how", "moves"), [("features", 0), ("heads", 0), ("mixed", 1)])
+def test_a_map_of_two_axes_must_be_one_of_each(rewrite: Rewrite, how: str, moves: int) -> None:
+    def run(x: Tensor, p: Tensor, w: Tensor) -> Any:  # 3 tokens of 4 features
+        return permute(F.linear(x, w).view(2, 3, 4).permute(0, 1, 2).reshape(2, N), p)
+
+    def tokens(x: Tensor, p: Tensor, w: Tensor) -> Any:
+        return permute(F.linear(x, w).reshape(2, N), p)
+
+    assert rewrite(FoldPermutations(), run, x(2, N), p=heads(how), w=x(N, N)).moves == 0
+    fixed = 1 if how == "heads" else moves  # the order of the tokens is the input's
+    assert rewrite(FoldPermutations(), tokens, x(2, 3, 4), p=heads(how), w=x(4, 4)).moves == fixed
 
 
 def test_maps_of_one_number_vanish(rewrite: Rewrite) -> None:
