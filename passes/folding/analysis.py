@@ -170,7 +170,8 @@ class Analysis:
                 if not f.same(g):
                     met.setdefault((f.field, g.field), []).append((f, g, one, two))
         for (field, other), found in met.items():
-            held, theirs = (tuple(dict.fromkeys(pair[i].at for pair in found)) for i in (0, 1))
+            held = tuple(dict.fromkeys(f.at for f, *_ in found))
+            theirs = tuple(dict.fromkeys(g.at for _, g, *_ in found))
             straight = field.sizes == other.sizes and held == theirs
             if straight and len(held) == len(field.sizes):
                 if unify(field.axis, other.axis):

@@ -96,6 +96,7 @@ class GroupedBetween(_Channels):
 class GroupedAcrossGroups(GroupedBetween):
     """Whole groups move: the writer's rows and the groups' rows move with them."""
 
+    today = 1
     gathers, why = 0, ""
 
     def build(self) -> None:

@@ -63,6 +63,8 @@ class RotateInterleaved(RotateHalf):
 class RotateAsComplex(RotateInterleaved):
     """As Llama's first release: pairs as complex numbers."""
 
+    today = 1
+
     def forward(self, x: Tensor) -> Any:
         y = torch.view_as_complex(self.a(x).view(-1, H, 2))
         angles = torch.linspace(0, 3, H, dtype=x.dtype)
@@ -72,6 +74,8 @@ class RotateAsComplex(RotateInterleaved):
 
 class Roll(Net):
     """A shift along the axis and the map are one map."""
+
+    today = 1
 
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.roll(self.a(x), 1, -1))
@@ -85,11 +89,14 @@ class RollOverTokens(Net):
 
 
 class Flip(Net):
+    today = 1
+
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).flip(-1))
 
 
 class FeaturesReordered(Net):
+    today = 1
     order: Tensor
 
     def build(self) -> None:
@@ -278,6 +285,7 @@ class HeadsScaledAcrossHeads(HeadsScaled):
 class HeadsRegrouped(Net):
     """A flip within heads is a map of all features, and the two are one."""
 
+    today = 1
     shape = (2, 5, D)
 
     def forward(self, x: Tensor) -> Any:

@@ -34,8 +34,8 @@ def permute(analysis: Analysis, node: fx.Node) -> None:
         unknown(analysis, node)
         return
     if known.size == 1:
-        axis = (Space(1),)
-        analysis.problem.edges.append(Edge(node, axis, axis, known, 0.0))
+        one = (Space(1),)
+        analysis.problem.edges.append(Edge(node, one, one, known, 0.0))
         analysis.keep(node, renewed(dims))
         return
     dims = renewed(dims)

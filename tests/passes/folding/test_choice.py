@@ -65,7 +65,7 @@ def made(seed: int, *, most: int, size: int, tree: bool) -> tuple[Problem, list[
             problem.endpoints.append(Endpoint((space,), "", allows, gather=given))
     if not tree and size == 4 and rng.random() < 0.5:
         fields = [Field((space,), (2, 2)) for space in rng.sample(spaces, 2)]
-        problem.couplings.append(Coupling(*fields))
+        problem.couplings.append(Coupling(fields[0], fields[1]))
     return problem, spaces
 
 
