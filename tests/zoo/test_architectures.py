@@ -1,6 +1,7 @@
 """Whole architectures under every structure: compiled equals eager, forwards and in training.
 
-The ordinary suite takes some small ones, each with another structure; all else is slow.
+The ordinary suite takes some small ones, each with another structure; one of each is slow, all else
+exhaustive.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "dropout_
 
 
 def cases(*ordinary: str) -> list[Any]:
-    """Return all pairs; those that are not named, as in "gpt2-block:16", are slow."""
-    pairs = {f"{name}-{structure}": (name, structure) for name in ALL for structure in STRUCTURES}
-    assert set(ordinary) <= set(pairs)
-    return [
-        pytest.param(*pair, marks=() if text in ordinary else (pytest.mark.slow,), id=text)
-        for text, pair in pairs.items()
-    ]
+    """Return all pairs; of those not named, as in "gpt2-block:16", one an architecture is slow."""
+    found, count = [], len(STRUCTURES)
+    for turn, name in enumerate(ALL):
+        for at, structure in enumerate(STRUCTURES):
+            text = f"{name}-{structure}"
+            mark = pytest.mark.slow if at == turn % count else pytest.mark.exhaustive
+            marks = () if text in ordinary else (mark,)
+            found.append(pytest.param(name, structure, marks=marks, id=text))
+    assert set(ordinary) <= {str(case.id) for case in found}
+    return found
 
 
 def sparse(name: str, structure: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -85,9 +85,21 @@ def without_permutations(name: str, structure: str) -> Code:
     return generated(*sparse(name, structure, "none"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", BLOCKS)
+def cases() -> list[Any]:
+    """Return all pairs: a compile takes half a minute, so one structure a block is in CI."""
+    return [
+        pytest.param(
+            name,
+            structure,
+            marks=pytest.mark.slow if at == turn else pytest.mark.exhaustive,
+            id=f"{name}-{structure}",
+        )
+        for turn, name in enumerate(BLOCKS)
+        for at, structure in enumerate(STRUCTURES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "structure"), cases())
 def test_no_gather_kernel_of_its_own(name: str, structure: str) -> None:
     code = generated(*sparse(name, structure, "random"))
     plain = without_permutations(name, structure)
