@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 DATA ?=
 ARGS ?=
+MARK ?= not slow and not exhaustive
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 .DEFAULT_GOAL := help
@@ -18,8 +19,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train, compile and export a small sparse model (DATA=path for your own data)
 	@$(BIN)/padst demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(INSTALLED) ## run every test (ARGS="-m 'not slow'" leaves out the slow ones)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=8 --dist=loadgroup $(ARGS)
+test: $(INSTALLED) ## run the tests (MARK="not exhaustive" adds the slow ones, MARK= runs all: hours)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=8 --dist=loadgroup -m "$(MARK)" $(ARGS)
 
 check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from padst_compiler.dump import dumped
 from padst_compiler.export import FORMATS, ExportReport, FoldedModule
 from padst_compiler.flat import exported
 from padst_compiler.fold import Folded, fold
-from padst_compiler.frozen import FrozenCall, split
+from padst_compiler.frozen import Split, outline, split
+from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
 from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.layers import sparse_layers
@@ -95,6 +97,13 @@ def fold_dynamo(
     Raises:
         MismatchError: the folded graph computes something else.
     """
+    return _folder(graph_module, example_inputs, settings)(example_inputs)
+
+
+def _folder(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings
+) -> Callable[[Sequence[Any]], Folded]:
+    """Return what folds a graph for tensors; Dynamo forgets the fake ones when it compiled."""
     holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(holders, example_inputs, strict=True)]
     state = {
@@ -103,9 +112,9 @@ def fold_dynamo(
         if compat.is_module_state(example)
     }
     safe = settings.fold == "safe"
-    passes = inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe)
-    passes = _traced(passes, settings.trace)
-    return fold(graph_module, fakes, example_inputs, state, passes, verify=bool(settings.verify))
+    steps = inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe)
+    steps, verify = _traced(steps, settings.trace), bool(settings.verify)
+    return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 
 def _fold_or_none(
@@ -132,18 +141,25 @@ def _compile_folded(
     settings: Settings,
     inductor: dict[str, Any],
 ) -> Callable[..., Any]:
-    fakes = [node.meta["val"] for node in folded.inputs]
-    watched = folded.relied_on
+    fakes, watched = [node.meta["val"] for node in folded.inputs], folded.relied_on
     parts = split(folded.graph_module, folded.facts)
-    main_inputs = [*(fakes[i] for i in parts.main_inputs), *parts.derived]
+    shape, main_inputs = outline(parts), [*(fakes[i] for i in parts.main_inputs), *parts.derived]
     if settings.codegen == "off":
         compiled: Callable[..., Any] = parts.main.forward
     else:
         compiled = compat.compile_with_inductor(parts.main, main_inputs, inductor)
-    for report in folded.reports:
-        log.info("%s: fired %d, left %d", report.name, len(report.fired), len(report.left))
+    for made in folded.reports:
+        log.info("%s: fired %d, left %d", made.name, len(made.fired), len(made.left))
     log.info("%s", folded.verdict)
-    return FrozenCall(parts, compiled, original.forward, watched, example_inputs)
+    refold = _folder(original, example_inputs, replace(settings, trace=None))
+
+    def again(arguments: Sequence[Any]) -> tuple[Split, list[int]] | None:
+        other = refold(arguments)
+        relied_on = other.relied_on  # of all inputs: a split drops some
+        apart = split(other.graph_module, other.facts)
+        return (apart, relied_on) if outline(apart) == shape else None
+
+    return FrozenCall(parts, compiled, original.forward, watched, example_inputs, again)
 
 
 def _generate(
@@ -197,16 +213,12 @@ def export_onnx(
     """
     inputs, keywords = bind(model, args)
     if keywords or not all(isinstance(t, Tensor) for t in inputs):
-        raise ValueError(
-            "Expected positional example tensors. Got other arguments. "
-            "Wrap the model so that it takes tensors only."
-        )
+        cure = "Wrap the model so that it takes tensors only."
+        raise ValueError(f"Expected positional example tensors. Got other arguments. {cure}")
     soft = [name for name, layer in sparse_layers(model).items() if layer.soft_permutation]
     if soft:
-        raise ValueError(
-            f"Expected hard permutations. Got soft ones in {', '.join(soft[:3])}. "
-            "Call padst.harden(model) first."
-        )
+        got = f"Got soft ones in {', '.join(soft[:3])}. Call padst.harden(model) first."
+        raise ValueError(f"Expected hard permutations. {got}")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

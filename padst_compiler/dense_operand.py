@@ -147,7 +147,7 @@ def _through_views(below: Operand, value: Tensor, held: Tensor) -> Operand | Non
     flipped = flipped != below.flipped
     return (
         replace(below, flipped=flipped, start=offset // width, height=taken, batch=batch)
-        if (part)
+        if part
         else replace(below, flipped=flipped)
     )
 

@@ -1,27 +1,19 @@
-"""Work on frozen Parameters is done once, not on every call; a write to them is noticed.
+"""Work on frozen Parameters is taken out of a graph, to be done once and not on every call.
 
-``split`` moves every node that depends on frozen placeholders only into a *prologue*.
-``FrozenCall`` runs it once, keeps the results as inputs of the main graph, and looks at each call
-whether a tensor that the prologue read was written (version counter) or replaced (address): then
-it runs again. Writes through ``tensor.data`` do not move the version counter and go unseen: use
-``copy_`` under no_grad.
+``split`` moves every node that depends on frozen placeholders only into a *prologue*, whose results
+become inputs of the main graph. ``frozen_call.py`` runs the two.
 """
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from padst_compiler.rewrite import ATEN, Facts
 
-__all__ = ["FrozenCall", "Split", "split"]
+__all__ = ["Split", "outline", "split"]
 
 _VIEWS = frozenset(
     {
@@ -127,92 +119,24 @@ def _first_non_placeholder(graph: fx.Graph) -> fx.Node:
     return first
 
 
-class FrozenCall:
-    """A compiled main graph with its prologue's results, kept up to date.
+def outline(parts: Split) -> object:
+    """Return what two splits have in common whose main graphs compute the same from their inputs.
 
-    Dynamo runs one compiled graph for every module of a class (the blocks of a transformer), so the
-    results are kept per module: by the identity of the first tensor that the prologue reads.
+    Names do not count; the numbers of constants do.
     """
-
-    def __init__(
-        self,
-        parts: Split,
-        compiled: Callable[..., Any],
-        original: Callable[..., Any],
-        watched: Sequence[int],
-        arguments: Sequence[Any],
-    ) -> None:
-        """Remember the numbers that the graph was derived from.
-
-        Args:
-            parts: the split graph.
-            compiled: runs ``parts.main``.
-            original: the graph as it was captured, right for any numbers.
-            watched: positions of the tensors whose numbers shaped the graph (permutations).
-            arguments: the present tensors, in the order of the original placeholders.
-        """
-        self._parts, self._compiled, self._original = parts, compiled, original
-        self._watched = list(watched)
-        self._shaped_by = [arguments[i].detach().clone() for i in self._watched]
-        self._shape_seen = _state(arguments, self._watched)
-        self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._warned = False
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Run on the original graph's inputs."""
-        if not self._shape_holds(arguments):
-            return self._run_original(arguments)
-        parts = self._parts
-        derived: Sequence[Tensor] = ()
-        if parts.prologue is not None:
-            key = arguments[parts.prologue_inputs[0]]
-            state = _state(arguments, parts.prologue_inputs)
-            seen, derived = self._derived.get(key, (None, ()))
-            if seen != state:
-                with torch.no_grad():
-                    derived = parts.prologue(*(arguments[i] for i in parts.prologue_inputs))
-                self._derived[key] = (state, derived)
-        return self._compiled(*(arguments[i] for i in parts.main_inputs), *derived)
-
-    def _shape_holds(self, arguments: Sequence[Any]) -> bool:
-        """Whether the permutations that shaped the graph still have the numbers that they had."""
-        state = _state(arguments, self._watched)
-        if state == self._shape_seen:
-            return True
-        now = (arguments[i] for i in self._watched)
-        if any(not torch.equal(a, b) for a, b in zip(now, self._shaped_by, strict=True)):
-            return False
-        self._shape_seen = state
-        return True
-
-    def _run_original(self, arguments: Sequence[Any]) -> Any:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "A permutation that was folded at compile time has changed (a new state_dict?). "
-                "The unfolded graph runs for it: right, but slower. Call torch.compile again on "
-                "the model after torch.compiler.reset().",
-                stacklevel=3,
-            )
-        return self._original(*arguments)
-
-
-def _state(arguments: Sequence[Any], positions: Sequence[int]) -> _State:
-    return _State([arguments[position] for position in positions])
-
-
-class _State:
-    """Which tensors were seen, where their numbers lay and how often they had been written to."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [weakref.ref(t) for t in tensors]
-        self.numbers = [(t.data_ptr(), t._version) for t in tensors]
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both saw the same living tensors, unwritten in between."""
-        if not isinstance(other, _State) or self.numbers != other.numbers:
-            return False
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return all(one() is not None and one() is two() for one, two in pairs)
-
-    __hash__ = None  # type: ignore[assignment]
+    place = {node: at for at, node in enumerate(parts.main.graph.nodes)}
+    lines: list[object] = [tuple(parts.main_inputs)]
+    for node in place:
+        target: object = node.target
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            laid = value.stride() if isinstance(value, Tensor) else value
+            target = (str(getattr(value, "shape", "")), str(laid), str(getattr(value, "dtype", "")))
+        elif node.op == "get_attr":
+            held: Any = getattr(parts.main, str(node.target), None)
+            if not isinstance(held, Tensor):
+                return object()  # a graph in the graph: like no other
+            target = (held.dtype, tuple(held.shape), held.detach().cpu().numpy().tobytes())
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")
+        lines.append((node.op, target, repr(arguments)))
+    return lines

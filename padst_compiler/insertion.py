@@ -22,10 +22,12 @@ def inline(
     function: Callable[..., Any],
     arguments: Sequence[fx.Node | int | list[int] | None],
     table: Mapping[Any, Callable[..., Any]] | None = None,
+    traces: dict[object, fx.GraphModule] | None = None,
 ) -> Any:
     """Insert the ATen graph of ``function(*arguments)`` before a node; return its result node(s).
 
-    ``None``, integers and lists of them are constants; nodes bring their fake values.
+    ``None``, integers and lists of them are constants; nodes bring their fake values. With
+    ``traces`` a function is traced once for all arguments that are laid out alike.
     """
     nodes = [a for a in arguments if isinstance(a, fx.Node)]
     fakes = [n.meta["val"] for n in nodes]
@@ -34,7 +36,12 @@ def inline(
         feed = iter(tensors)
         return function(*(next(feed) if isinstance(a, fx.Node) else a for a in arguments))
 
-    traced = trace_aten(on_tensors, fakes, table=table)
+    key = (function, *map(_laid_out, arguments))
+    traced = traces.get(key) if traces is not None else None
+    if traced is None:
+        traced = trace_aten(on_tensors, fakes, table=table)
+    if traces is not None:
+        traces[key] = traced
     env: dict[fx.Node, fx.Node] = {}
     holders = iter(nodes)
     with graph.inserting_before(before):
@@ -46,6 +53,14 @@ def inline(
             else:
                 env[node] = graph.node_copy(node, lambda n: env[n])
     raise AssertionError("a traced graph ends with its output")
+
+
+def _laid_out(argument: object) -> str:
+    """Return all that a trace depends on of an argument."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
 
 
 def constant(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:

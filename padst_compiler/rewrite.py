@@ -61,14 +61,14 @@ class Facts:
 
     Attributes:
         frozen: placeholders of Parameters and buffers with their tensors; empty in training.
-        names: placeholders with the module that owns them.
+        names: placeholders with the module that owns them; passes add what they make of these.
         table: decompositions that the graph has seen, and inserted nodes must see too.
         read: the frozen placeholders whose numbers a pass relied on: a change voids the graph.
             What a pass did not do because of numbers stays right for any, and is not noted.
     """
 
     frozen: Mapping[fx.Node, Tensor] = field(default_factory=dict)
-    names: Mapping[fx.Node, str] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
     table: Mapping[Any, Callable[..., Any]] | None = None
     read: set[fx.Node] = field(default_factory=set)
     _known: dict[fx.Node, bool] = field(default_factory=dict)

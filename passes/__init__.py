@@ -12,6 +12,7 @@ from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.passes.lower_weights import LowerWeights
 from padst_compiler.passes.open_attention import OpenAttention
+from padst_compiler.passes.recognise_maps import RecogniseMaps
 from padst_compiler.passes.take_sparse_gradient import TakeSparseGradient
 from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
@@ -24,9 +25,10 @@ FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
     folds = FOLDS if fold else ()
+    written = (RecogniseMaps(),) if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
-    return (DropWatch(), *weights, *folds, choose, *folds, LowerMaps())
+    return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:

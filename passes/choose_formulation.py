@@ -45,6 +45,7 @@ class ChooseFormulation:
     def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
         """Lower every structured operator of the graph."""
         fired = []
+        traces: dict[object, fx.GraphModule] = {}  # the layers of a model are much alike
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target not in self.candidates:
                 continue
@@ -53,7 +54,8 @@ class ChooseFormulation:
             site = facts.owner(_indices(node))
             fired.append(Rule(site, f"{choice.name}: {why}"))
             arguments = [_constant(argument) for argument in node.args]
-            node.replace_all_uses_with(inline(graph, node, choice.run, arguments, facts.table))
+            new = inline(graph, node, choice.run, arguments, facts.table, traces)
+            node.replace_all_uses_with(new)
             graph.erase_node(node)
         return Report(self.name, tuple(fired))
 

@@ -129,10 +129,22 @@ def _apply(graph: fx.Graph, facts: Facts, problem: Problem, orders: Orders) -> N
                 endpoint.edit(rewriter, order)
         else:
             assert endpoint.gather is not None, endpoint.why
-            rewriter.gather(endpoint.gather, order)
+            _name(rewriter.gather(endpoint.gather, order), endpoint.axis, problem, facts)
     for edge in problem.edges:
         if orders.moves(edge.source) or orders.moves(edge.target) or edge.perm.is_identity:
-            rewriter.settle(edge, _residue(edge, orders))
+            name = facts.owner(edge.node)
+            held = rewriter.settle(edge, _residue(edge, orders))
+            if held is not None:
+                facts.names.setdefault(held, name)
+
+
+def _name(order: fx.Node, axis: Axis, problem: Problem, facts: Facts) -> None:
+    """Say for reports whose maps a new movement does the work of."""
+    near = set(leaves(axis))
+    edges = [e for e in problem.edges if near & {*leaves(e.source), *leaves(e.target)}]
+    owners = dict.fromkeys(facts.owner(edge.node) for edge in edges)
+    if owners:
+        facts.names.setdefault(order, ", ".join(owners))
 
 
 def _absorbers(edge: Edge, problem: Problem, orders: Orders) -> str:

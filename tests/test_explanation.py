@@ -55,7 +55,8 @@ def test_every_site_is_listed_by_name_with_its_kernel(structure: Structure, kern
 def test_every_row_names_the_permutation_that_it_is_about(structure: Structure) -> None:
     report = explain(Mlp(structure).eval(), X, options=SPARSE)
     assert report.passes
-    assert {row[1] for row in report.passes} <= {"fc1.permutation", "fc2.permutation"}
+    said = {name for row in report.passes for name in row[1].split(", ")}
+    assert said <= {"fc1.permutation", "fc2.permutation"}
     assert {row[2] for row in report.passes} <= {"fired", "left"}
 
 
@@ -65,10 +66,10 @@ def test_dense_kernels_leave_no_gather(structure: Structure) -> None:
 
 
 @pytest.mark.parametrize(
-    ("structure", "gathers"), [(Block(8), 2), (FanIn(), 0), (NM(8), 0)], ids=str
+    ("structure", "gathers"), [(Block(8), 1), (FanIn(), 0), (NM(8), 0)], ids=str
 )
 def test_what_sparse_kernels_leave(structure: Structure, gathers: int) -> None:
-    """N:M rows absorb any map, so fc2's input permutation moves into fc1; blocks do not."""
+    """N:M rows absorb any map; blocks do not, but two maps around a GELU are one movement."""
     assert explain(Mlp(structure).eval(), X, options=SPARSE).gathers == gathers
 
 
@@ -92,7 +93,7 @@ def test_the_report_prints_two_tables_and_the_verdict(capsys: pytest.CaptureFixt
     assert repr(report) == text
     for words in ("pass", "site", "state", "why", "kernel", "fc1", "graph 0: verified"):
         assert words in text
-    assert text.endswith("gathers that remain: 2")
+    assert text.endswith("gathers that remain: 1")
     report.print()
     assert capsys.readouterr().out == text + "\n"
 

@@ -165,17 +165,21 @@ def names(passes: tuple[Pass, ...]) -> list[str]:
 def test_inference_folds_before_and_after_the_choice_and_lowers_last() -> None:
     passes = names(inference_passes(CANDIDATES, prefer="auto", fold=True))
     folds = names(FOLDS)
-    assert passes == ["drop_watch", *folds, "choose_formulation", *folds, "lower_maps"]
+    weights = ["open_attention", "use_sparse_operator", "lower_weights", "recognise_maps"]
+    assert passes == ["drop_watch", *weights, *folds, "choose_formulation", *folds, "lower_maps"]
 
 
 def test_without_folding_maps_are_only_lowered() -> None:
     passes = names(inference_passes(PORTABLE, prefer="auto", fold=False))
-    assert passes == ["drop_watch", "choose_formulation", "lower_maps"]
+    weights = ["open_attention", "use_sparse_operator", "lower_weights"]
+    assert passes == ["drop_watch", *weights, "choose_formulation", "lower_maps"]
 
 
 def test_training_relies_on_no_number() -> None:
     passes = names(training_passes(CANDIDATES, prefer="auto"))
-    assert passes == ["drop_watch", "cancel_inverse", "choose_formulation", "lower_maps"]
+    weights = ["use_sparse_operator", "take_sparse_gradient", "lower_weights"]
+    rest = ["cancel_inverse", "choose_formulation", "lower_maps"]
+    assert passes == ["drop_watch", *weights, *rest]
 
 
 def test_passes_are_values_and_their_text_names_them_for_the_cache() -> None:

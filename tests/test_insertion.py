@@ -74,6 +74,29 @@ def test_inlined_nodes_are_decomposed_by_the_graphs_own_table() -> None:
     assert result.target is not ATEN.silu.default
 
 
+def test_alike_arguments_share_a_trace_and_others_do_not() -> None:
+    module = traced(lambda a, b, c: (a + b).relu() @ c, *(torch.ones(4, 4) for _ in range(3)))
+    (a, b, c), relu = placeholders(module), node(module, ATEN.relu.default)
+    runs = []
+
+    def scaled(x: Tensor, times: int) -> Tensor:
+        runs.append(times)
+        return x * times
+
+    traces: dict[object, fx.GraphModule] = {}
+    results = [
+        inline(module.graph, relu, scaled, (x, times), None, traces)
+        for x, times in ((a, 2), (b, 2), (c, 3), (c, 2))
+    ]
+    assert runs == [2, 3]
+    assert [new.all_input_nodes for new in results] == [[a], [b], [c], [c]]
+    with module.graph.inserting_before(relu):
+        turned = module.graph.call_function(ATEN.t.default, (a,))
+    turned.meta["val"] = a.meta["val"].t()
+    inline(module.graph, relu, scaled, (turned, 2), None, traces)
+    assert runs == [2, 3, 2]
+
+
 def test_constants_are_buffers_at_the_start_and_have_names_of_their_own() -> None:
     module = traced(lambda x: x.relu(), torch.ones(4))
     relu = node(module, ATEN.relu.default)

@@ -56,11 +56,11 @@ class Rewriter:
         new = inline(self.graph, node, function, (values, indices, self.order(order)))
         node.args = (x, *new, *rest)
 
-    def gather(self, where: Gather, order: IndexMap) -> None:
-        """Move data: into ``order`` after a node, back from it before a reader."""
+    def gather(self, where: Gather, order: IndexMap) -> fx.Node:
+        """Move data: into ``order`` after a node, back from it before a reader; return the map."""
         if where.reader is not None:
             self.replace(where.reader, where.node, _moved(where.dim), order.inverse)
-            return
+            return self.order(order.inverse)
         start = self._moved.get(where.node, where.node)
         before = start.next
         while before.op == "placeholder":
@@ -68,18 +68,20 @@ class Rewriter:
         new = inline(self.graph, before, _moved(where.dim), (start, self.order(order)))
         start.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._moved[where.node] = new
+        return self.order(order)
 
-    def settle(self, edge: Edge, rest: IndexMap) -> None:
-        """Give a permutation the map that is left of it; none where nothing is."""
+    def settle(self, edge: Edge, rest: IndexMap) -> fx.Node | None:
+        """Give a permutation the map that is left of it, and return it; None if nothing is left."""
         x = edge.node.args[0]
         assert isinstance(x, fx.Node)
         if not rest.is_identity:
             edge.node.args = (x, self.order(rest))
-            return
+            return self.order(rest)
         same = as_contiguous(self.graph, edge.node, x)
         edge.node.replace_all_uses_with(same)
         self._moved[edge.node] = same
         self.graph.erase_node(edge.node)
+        return None
 
 
 def _moved(dim: int) -> Callable[..., Tensor]:

@@ -1,0 +1,142 @@
+"""What is left of random permutations in the code that Inductor generates: no kernel of its own.
+
+Every block is compiled with random permutations and with none at all. A compile takes long: the
+ordinary suite takes one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import padst_compiler as padst
+from padst_compiler.mixer import MixerBlock
+
+from . import architectures
+from .test_coverage import STRUCTURES
+
+BLOCKS = ["gpt2", "vit", "llama", "mixer"]
+
+
+class Code(NamedTuple):
+    """Counts in generated code."""
+
+    kernels: int
+    index_checks: int
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return one block of an architecture in float32, and inputs."""
+    torch.manual_seed(0)
+    if name == "mixer":
+        return MixerBlock(16, 32).eval(), {"x": torch.randn(2, 16, 32)}
+    model, inputs = architectures.build(name)
+    for module in model.modules():
+        for attribute, child in list(module.named_children()):
+            if isinstance(child, nn.ModuleList):
+                setattr(module, attribute, child[:1])
+    config: Any = model.config
+    config.num_hidden_layers = 1
+    config.use_cache = False
+    narrow = {
+        key: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    return model.float(), narrow
+
+
+def sparse(name: str, structure: str, permutation: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a sparse block, and inputs."""
+    model, inputs = built(name)
+    padst.sparsify(
+        model, structure=structure, sparsity=0.5, permutation=permutation, example_inputs=inputs
+    )
+    return padst.harden(model), inputs
+
+
+def generated(model: nn.Module, inputs: dict[str, Any]) -> Code:
+    """Return what the code that a model compiles to has; its results are those of eager."""
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="padst", options={"kernels": "sparse", "verify": "strict"})
+    with torch.no_grad():
+        result, codes = run_and_get_code(fast, **inputs)
+        expected = model(**inputs)
+    for y, target in zip(floats(result), floats(expected), strict=True):
+        torch.testing.assert_close(y, target, rtol=1e-4, atol=1e-4)
+    code = "\n".join(codes)
+    return Code(code.count("async_compile.cpp_pybinding("), code.count("index out of bounds"))
+
+
+def floats(result: Any) -> list[Tensor]:
+    """Return every tensor of a result."""
+    leaves = torch.utils._pytree.tree_leaves(
+        list(result.values()) if isinstance(result, dict) else result
+    )
+    return [t for t in leaves if isinstance(t, Tensor)]
+
+
+@functools.cache
+def without_permutations(name: str, structure: str) -> Code:
+    return generated(*sparse(name, structure, "none"))
+
+
+def cases() -> list[Any]:
+    """Return all pairs: a compile takes half a minute, so one structure a block is in CI."""
+    return [
+        pytest.param(
+            name,
+            structure,
+            marks=pytest.mark.slow if at == turn else pytest.mark.exhaustive,
+            id=f"{name}-{structure}",
+        )
+        for turn, name in enumerate(BLOCKS)
+        for at, structure in enumerate(STRUCTURES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "structure"), cases())
+def test_no_gather_kernel_of_its_own(name: str, structure: str) -> None:
+    code = generated(*sparse(name, structure, "random"))
+    plain = without_permutations(name, structure)
+    assert code.kernels == plain.kernels
+    if structure == "fan_in":
+        assert code.index_checks <= plain.index_checks
+
+
+class Mlp(nn.Module):
+    """Two layers without a residual stream between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
+        return y
+
+
+def test_an_nm_writer_leaves_no_index_load() -> None:
+    """The rows of fc1 go where fc2 reads them; its own columns need no permutation here."""
+    codes = []
+    for permutation in ("random", "none"):
+        torch.manual_seed(0)
+        config = padst.SparseConfig("nm:4:16", sparsity=0.5, permutation=permutation, side="input")
+        free = padst.SparseConfig("nm:4:16", sparsity=0.5, permutation="none")
+        model = padst.sparsify(Mlp().eval(), {"fc1": free, "fc2": config})
+        codes.append(generated(padst.harden(model), {"x": torch.randn(8, 32)}))
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize("structure", ["block:16", "nm:4:16", "fan_in", "unstructured"])
+def test_q_k_and_v_share_one_movement(structure: str) -> None:
+    """Diagonals are left out: of q, k and v here only q has a permutation of its inputs."""
+    model, inputs = sparse("llama", structure, "random")
+    report = padst.explain(model, inputs, options={"kernels": "sparse", "verify": "strict"})
+    moved = [row[1] for row in report.passes if row[0] == "lower_maps"]
+    q_k_v = [site for site in moved if any(f".{name}_proj" in site for name in "qkv")]
+    assert len(q_k_v) == (structure == "block:16"), str(report)
