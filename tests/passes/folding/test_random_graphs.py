@@ -257,6 +257,63 @@ class Program:
         kind = self.rng.choice(kinds)
         self.add(lambda x: kind(x, dims, keepdim=keep), at)
 
+    def try_gate(self, at: int) -> None:
+        dims = [d for d, n in enumerate(self.pool[at].shape) if n % 2 == 0]
+        if dims:
+            dim = self.rng.choice(dims)
+            self.add(lambda x: F.glu(x, dim), at)
+
+    def try_repeat(self, at: int) -> None:
+        if not self.pool[at].dim():
+            return
+        dim = self.dim(at)
+        times = [2 if d == dim else 1 for d in range(self.pool[at].dim())]
+        kinds = [lambda x: x.repeat(times), lambda x: x.repeat_interleave(2, dim)]
+        self.add(self.rng.choice(kinds), at)
+
+    def try_write(self, at: int) -> None:
+        """Write a part of a tensor into a copy of another."""
+        shape = self.pool[at].shape
+        other = self.pick(lambda value: value.shape == shape)
+        if not shape:
+            return
+        dim = self.dim(at)
+        start = self.rng.randrange(shape[dim])
+        stop = self.rng.randint(start + 1, shape[dim])
+        part = (*(slice(None),) * dim, slice(start, stop))
+
+        def into(x: Tensor, y: Tensor) -> Tensor:
+            written = x.clone()
+            written[part] = y[part]
+            return written
+
+        kinds = [into, lambda x, y: torch.select_scatter(x, y.select(dim, start), dim, start)]
+        kinds.append(lambda x, y: torch.slice_scatter(x, y[part], dim, start, stop))
+        self.add(self.rng.choice(kinds), at, other)
+
+    def try_length(self, at: int) -> None:
+        if self.pool[at].dim():
+            dim = self.dim(at)
+            self.add(lambda x: x / (1 + torch.linalg.vector_norm(x, dim=dim, keepdim=True)), at)
+
+    def try_more_channels(self, at: int) -> None:
+        at = self.pick(lambda value: value.dim() == 4)
+        if at < 0:
+            return
+        channels, kind = self.pool[at].shape[1], self.rng.randrange(5)
+        if kind == 0:
+            self.add(F.prelu, at, self.keep(self.number(channels)))
+        elif kind == 1 and channels % 2 == 0:
+            self.add(lambda x: F.channel_shuffle(x, 2), at)
+        elif kind == 2 and channels % 4 == 0:
+            self.add(lambda x: F.pixel_shuffle(x, 2), at)
+        elif kind == 3:
+            rows = self.rng.choice([2, 4, 8])
+            weight = self.keep(self.number(channels, rows, 1, 1))
+            self.add(lambda x, w: F.conv_transpose2d(x, w), at, weight)
+        else:
+            self.add(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), at)
+
     def try_expand(self, at: int) -> None:
         place = self.rng.randint(0, self.pool[at].dim())
         times = self.rng.choice([1, 2, 3])
@@ -272,7 +329,7 @@ class Program:
         if at < 0:
             return
         batch, tokens, width = self.pool[at].shape
-        heads, kind = self.rng.choice([1, 2, 4]), self.rng.randrange(4)
+        heads, kind = self.rng.choice([1, 2, 4]), self.rng.randrange(5)
         causal, whole = self.rng.random() < 0.3, self.rng.random() < 0.6
         names = [self.keep(self.number(3 * width, width) / width)]
         maps = [self.map_of(width) for _ in range(3)] if kind < 2 else []
@@ -285,6 +342,10 @@ class Program:
             if kind == 3:
                 both = F.linear(x, w).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
                 q, k, v = both.unbind(0)
+            elif kind == 4 and heads > 1:  # half as many heads of keys and values
+                q = q.view(batch, tokens, heads, -1).transpose(1, 2)
+                halves = (t[..., : width // 2].unflatten(-1, (heads // 2, -1)) for t in (k, v))
+                k, v = (t.transpose(1, 2).repeat_interleave(2, 1) for t in halves)
             else:
                 q, k, v = (t.view(batch, tokens, heads, -1).transpose(1, 2) for t in (q, k, v))
             if whole:
