@@ -144,9 +144,8 @@ def _compile_folded(
     fakes, watched = [node.meta["val"] for node in folded.inputs], folded.relied_on
     parts = split(folded.graph_module, folded.facts)
     shape, main_inputs = outline(parts), [*(fakes[i] for i in parts.main_inputs), *parts.derived]
-    if settings.codegen == "off":
-        compiled: Callable[..., Any] = parts.main.forward
-    else:
+    compiled: Callable[..., Any] = parts.main.forward
+    if settings.codegen != "off":
         compiled = compat.compile_with_inductor(parts.main, main_inputs, inductor)
     for made in folded.reports:
         log.info("%s: fired %d, left %d", made.name, len(made.fired), len(made.left))
@@ -242,7 +241,7 @@ def export_onnx(
 
 
 def _has_padst(graph_module: fx.GraphModule) -> bool:
-    graphs = [m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
+    graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
     return any("padst." in str(node.target) for graph in graphs for node in graph.nodes)
 
 

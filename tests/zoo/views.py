@@ -75,8 +75,6 @@ class RotateAsComplex(RotateInterleaved):
 class Roll(Net):
     """A shift along the axis and the map are one map."""
 
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(torch.roll(self.a(x), 1, -1))
 
@@ -89,14 +87,11 @@ class RollOverTokens(Net):
 
 
 class Flip(Net):
-    today = 1
-
     def forward(self, x: Tensor) -> Any:
         return self.r(self.a(x).flip(-1))
 
 
 class FeaturesReordered(Net):
-    today = 1
     order: Tensor
 
     def build(self) -> None:
@@ -285,7 +280,7 @@ class HeadsScaledAcrossHeads(HeadsScaled):
 class HeadsRegrouped(Net):
     """A flip within heads is a map of all features, and the two are one."""
 
-    today = 1
+    today = Each(block=1, nm=1)
     shape = (2, 5, D)
 
     def forward(self, x: Tensor) -> Any:
