@@ -99,9 +99,10 @@ def side(seed: int) -> Iterator[Case]:
 
 
 def strength(seed: int) -> Iterator[Case]:
-    """The penalty's weight, from none to ten times the default."""
-    for penalty in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
-        yield Case("mlp:6x256", "block:16", "learned", "rigl", 0.95, penalty, epochs=3, seed=seed)
+    """The penalty's weight, none to ten times the default; from a random and a uniform start."""
+    for start in ("learned", "sinkhorn"):
+        for penalty in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
+            yield Case("mlp:6x256", "block:16", start, "rigl", 0.95, penalty, epochs=3, seed=seed)
 
 
 def mixer(seed: int) -> Iterator[Case]:
