@@ -383,7 +383,7 @@ class Sliced(Net):
 
 
 class SlicedByTwo(Net):
-    gathers, why = 1, "slices with a step stop"
+    """Every second row of the writer follows the map, the others stay."""
 
     def build(self) -> None:
         self.a, self.r = self.free(D, 2 * D), self.shuffled(D, D)
