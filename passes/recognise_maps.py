@@ -46,9 +46,7 @@ class RecogniseMaps:
             kind = getattr(node.target, "__name__", "").split(".")[0]
             map_node = _table(node) if node.target in INDEXED else _computed(graph, node, made)
             if map_node is None or not _is_permutation(map_node, shape_of(x), facts):
-                left.append(
-                    Refusal(node.name, f"the table of {kind} is no permutation, or changes")
-                )
+                left.append(Refusal(node.name, f"the table of {kind} repeats or changes"))
                 continue
             fired.append(Rule(node.name, f"{kind} is a map"))
             with graph.inserting_before(node):

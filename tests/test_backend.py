@@ -167,6 +167,7 @@ def test_an_unknown_mode_is_refused() -> None:
         padst(fx.symbolic_trace(nn.ReLU()), [torch.ones(3)], mode="turbo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 @pytest.mark.usefixtures("silent")
 def test_modes_compute_the_same(mode: str) -> None:
