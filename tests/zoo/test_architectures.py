@@ -30,13 +30,14 @@ TOLERANCE = dict.fromkeys(
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")
 
 
-def cases(*ordinary: str) -> list[Any]:
-    """Return all pairs; of those not named, as in "gpt2-block:16", one an architecture is slow."""
+def cases(*ordinary: str, every: int = 1) -> list[Any]:
+    """Return all pairs; of those not named, one of each ``every``-th architecture is slow."""
     found, count = [], len(STRUCTURES)
     for turn, name in enumerate(ALL):
         for at, structure in enumerate(STRUCTURES):
             text = f"{name}-{structure}"
-            mark = pytest.mark.slow if at == turn % count else pytest.mark.exhaustive
+            slow = at == turn % count and turn % every == 0
+            mark = pytest.mark.slow if slow else pytest.mark.exhaustive
             marks = () if text in ordinary else (mark,)
             found.append(pytest.param(name, structure, marks=marks, id=text))
     assert set(ordinary) <= {str(case.id) for case in found}
@@ -138,7 +139,7 @@ def step(model: nn.Module, call: Callable[..., Any], inputs: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "structure"), cases("vit-nm:4:16", "bert-unstructured", "mixer-fan_in")
+    ("name", "structure"), cases("vit-nm:4:16", "bert-unstructured", "mixer-fan_in", every=3)
 )
 def test_a_training_step(name: str, structure: str) -> None:
     model, inputs = sparse(name, structure)

@@ -1,7 +1,7 @@
 """Every net under every structure: eager, folded, trained and compiled give the same numbers.
 
-The ordinary suite takes part of the cases, another structure from net to net; more are slow, the
-rest is exhaustive.
+The ordinary suite takes part of the cases, another structure from net to net; the rest is
+exhaustive.
 """
 
 import copy
@@ -47,8 +47,7 @@ def cases(step: int, start: int = 0) -> list[Any]:
     for position, net in enumerate(NETS):
         for turn, structure in enumerate(STRUCTURES):
             ordinary = position % step == start and turn == position // step % len(STRUCTURES)
-            slow = position % (2 * step) == start + 1 and turn == position // step % len(STRUCTURES)
-            marks = () if ordinary else (pytest.mark.slow if slow else pytest.mark.exhaustive,)
+            marks = () if ordinary else (pytest.mark.exhaustive,)
             case = Case(net, structure)
             found.append(pytest.param(case, marks=marks, id=str(case)))
     return found
@@ -175,7 +174,7 @@ def turns(step: int) -> list[Any]:
     return [
         pytest.param(case := Case(net, STRUCTURES[i // step % 5]), marks=marks, id=str(case))
         for i, net in enumerate(net for net in NETS if not net.random)
-        for mark in [pytest.mark.slow if i % step % 25 == 9 else pytest.mark.exhaustive]
+        for mark in [pytest.mark.slow if i % step % 50 == 9 else pytest.mark.exhaustive]
         for marks in [() if i % step == 8 else (mark,)]
     ]
 
