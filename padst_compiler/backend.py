@@ -69,12 +69,13 @@ def padst(
     settings, inductor = Settings.parse(options)
     inductor = {**compat.mode_options(mode), **inductor}
     lower = _Lower(settings)
+    ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key
     if not torch.is_grad_enabled() and _has_padst(graph_module):
         folded = _fold_or_none(graph_module, example_inputs, settings)
         if folded is not None:
-            return _compile_folded(graph_module, folded, example_inputs, settings, inductor)
+            return _compile_folded(graph_module, folded, example_inputs, settings, ours)
     try:
-        return _generate(graph_module, example_inputs, settings, inductor, lower)
+        return _generate(graph_module, example_inputs, settings, ours, lower)
     except Exception as error:  # Dynamo and Inductor wrap what a pass raises
         if settings.verify == "strict" or not _from_a_pass(error):
             raise
@@ -171,8 +172,6 @@ def _generate(
     """Compile a graph whose numbers are not known; without ``lower`` none of our passes runs."""
     if settings.codegen == "off":
         return compile_plain(graph_module, example_inputs, lower)
-    if lower is not None:
-        inductor = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}
     return compat.compile_with_inductor(graph_module, example_inputs, inductor)
 
 
