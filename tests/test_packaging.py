@@ -17,7 +17,8 @@ PACKAGES = {
     "padst_compiler/relaxations": "padst_compiler/relaxations",
     "padst_compiler/structures": "padst_compiler/structures",
 }
-PACKAGES |= {f"padst_compiler/{name}": name for name in ("passes", "kernels", "export")}
+FOLDERS = ("passes", "passes/folding", "passes/folding/rules", "kernels", "export")
+PACKAGES |= {f"padst_compiler/{name}": name for name in FOLDERS}
 DATA = (".json", ".h", ".typed")  # what package-data lets in beside the modules
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one build serves every test
