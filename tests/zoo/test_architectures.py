@@ -73,13 +73,13 @@ def narrow(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {name: value.float() for name, value in wide.items()}
 
 
-def breaks() -> int:
-    """Return how often Dynamo has broken a graph since its last reset."""
-    return sum(counters["graph_break"].values())
+def breaks() -> set[str]:
+    """Return why Dynamo has broken graphs since its last reset; how often depends on the data."""
+    return set(counters["graph_break"])
 
 
 @functools.cache
-def breaks_of_the_dense_model(name: str) -> int:
+def breaks_of_the_dense_model(name: str) -> set[str]:
     """Return how often Dynamo breaks the model that nobody made sparse."""
     model, inputs = ALL[name]()
     counters.clear()
@@ -103,7 +103,7 @@ def test_compiled_equals_eager_and_the_report_is_right(name: str, structure: str
     counters.clear()
     with torch.no_grad(), reported() as said:
         expected = tensors(model(**inputs))
-        fast = torch.compile(model, backend=ours, fullgraph=allowed == 0)
+        fast = torch.compile(model, backend=ours, fullgraph=not allowed)
         assert_close(tensors(fast(**inputs)), expected, TOLERANCE.get(name, 1e-9))
     assert breaks() <= allowed
     verdicts = [str(row[0]) for row in said if len(row) == 1]
