@@ -80,7 +80,7 @@ def breaks() -> set[str]:
 
 @functools.cache
 def breaks_of_the_dense_model(name: str) -> set[str]:
-    """Return how often Dynamo breaks the model that nobody made sparse."""
+    """Return why Dynamo breaks the model that nobody made sparse."""
     model, inputs = ALL[name]()
     counters.clear()
     with torch.no_grad():

@@ -51,11 +51,11 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def sparse(name: str, structure: str, permutation: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a sparse block, and inputs."""
+    """Return a sparse block, and inputs; layers that read one tensor share their permutation."""
     model, inputs = built(name)
-    padst.sparsify(
-        model, structure=structure, sparsity=0.5, permutation=permutation, example_inputs=inputs
-    )
+    share = permutation != "none"
+    config = padst.SparseConfig(structure, sparsity=0.5, permutation=permutation, share=share)
+    padst.sparsify(model, config, example_inputs=inputs)
     return padst.harden(model), inputs
 
 
