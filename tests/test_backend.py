@@ -312,11 +312,10 @@ def test_a_model_that_counts_in_place_keeps_counting() -> None:
 @pytest.mark.usefixtures("silent", "uncompiled")
 def test_two_models_of_one_class_keep_their_folds() -> None:
     one, two, x = Mlp().eval(), Mlp().eval(), torch.randn(9, 16)
-    fast_one, fast_two = compiled(one), compiled(two)
+    fast = compiled(one), compiled(two)
     with torch.no_grad():
-        for _ in range(2):
-            same(fast_one, one, x)
-            same(fast_two, two, x)
+        for call, model in zip(2 * fast, (one, two, one, two), strict=True):
+            same(call, model, x)
 
 
 @pytest.mark.usefixtures("silent", "uncompiled")
@@ -509,9 +508,9 @@ PERMUTED: Mapping[str, Callable[[Mlp], Any]] = {
 @pytest.mark.parametrize("dropped", [False, True])  # an identity map vanishes for its numbers
 @pytest.mark.parametrize("write", PERMUTED.values(), ids=PERMUTED.keys())
 def test_a_new_permutation_is_seen(write: Callable[[Mlp], Any], dropped: bool) -> None:
-    model, x = Mlp().eval(), torch.randn(9, 16)
+    model, x, perm = Mlp().eval(), torch.randn(9, 16), "fc2.permutation.perm"
     if dropped:
-        model.get_buffer("fc2.permutation.perm").copy_(torch.arange(32))
+        model.get_buffer(perm).copy_(torch.arange(32))
     fast = compiled(model, options=STRICT)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
