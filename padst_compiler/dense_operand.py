@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from padst_compiler.rewrite import ATEN
+from padst_compiler.rewrite import ATEN, as_node
 from padst_compiler.structures import STRUCTURES, Shape, Structure
 from padst_compiler.unpacking import PACK
 
@@ -89,7 +89,7 @@ def find_operand(node: fx.Node) -> Operand | None:
     """
     source = node
     while source.op == "call_function" and _is_part(source):
-        source = source.args[0]  # type: ignore[assignment]
+        source = as_node(source.args[0])
     value, held = node.meta.get("val"), source.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(held, Tensor) or held.dim() not in (2, 3):
         return None
@@ -104,14 +104,14 @@ def _below(source: fx.Node) -> Operand | None:
     target = source.target if source.op == "call_function" else None
     held = _value(source)
     if target is _PERMUTE or target in _CASTS or target is ATEN.clone.default:
-        inner = find_operand(source.args[0])  # type: ignore[arg-type]
+        inner = find_operand(as_node(source.args[0]))
         if inner is None or not inner.whole or held.dim() != 2:
             return None
         if target in _CASTS:
             return replace(inner, cast=source) if inner.cast is None else None
         if target is ATEN.clone.default:
             return inner
-        perm = _map(source.args[1])  # type: ignore[arg-type]
+        perm = _map(as_node(source.args[1]))
         if inner.flipped:
             return replace(inner, rows=(*inner.rows, perm))
         return replace(inner, columns=(*inner.columns, perm))
@@ -200,10 +200,10 @@ def structure_of(node: fx.Node) -> Structure:
     """
     packs = node.target is PACK
     kind = next(kind for kind in STRUCTURES if kind.name == node.args[2])
-    dense = _value(_node(node.args[0]) if packs else node)
+    dense = _value(as_node(node.args[0]) if packs else node)
     shape = Shape(int(dense.shape[0]), int(dense.shape[1]))
-    indices = _node(node.args[1]).meta["val"]
-    unit: Any = node.args[3] if packs else _node(node.args[0]).meta["val"].shape[indices.dim() :]
+    indices = as_node(node.args[1]).meta["val"]
+    unit: Any = node.args[3] if packs else as_node(node.args[0]).meta["val"].shape[indices.dim() :]
     return kind.of_storage(indices, shape, [int(n) for n in unit])
 
 
@@ -222,7 +222,7 @@ def _is_alias(node: fx.Node) -> bool:
 def _map(perm: fx.Node) -> Map:
     inverted = False
     while perm.op == "call_function" and perm.target is _INVERT:
-        perm, inverted = perm.args[0], not inverted  # type: ignore[assignment]
+        perm, inverted = as_node(perm.args[0]), not inverted
     return Map(perm, inverted)
 
 
@@ -230,8 +230,3 @@ def _value(node: fx.Node) -> Tensor:
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value
-
-
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument

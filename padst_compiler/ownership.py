@@ -23,6 +23,7 @@ SUFFIX = "_sparse"
 """What the name of a sparse layer has behind that of the Parameter whose place it takes."""
 
 _MARK = "_padst_owned"
+_NEW = vars(copyreg)["__newobj__"]  # what pickle calls for a class without a reduction of its own
 
 
 def child_name(attribute: str) -> str:
@@ -183,7 +184,7 @@ def _held(layers: list[Any]) -> Iterator[None]:
 def _reduce(self: Any, base: type[nn.Module], names: tuple[str, ...], protocol: Any) -> Any:
     """Pickle by the original class: this one has no place in a module to be found at."""
     reduced = base.__reduce_ex__(self, max(2, int(protocol)))
-    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+    if isinstance(reduced, tuple) and reduced[0] is _NEW:
         return (_anew, (base, names), *reduced[2:])
     return reduced
 

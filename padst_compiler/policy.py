@@ -101,9 +101,9 @@ def default_exceptions(model: nn.Module, sites: Sequence[Site]) -> dict[str, str
     first = next((m for m in model.modules() if isinstance(m, kinds)), None)
     stems = [s for s in linear if s.module is first]
     named |= {s.name: "first convolution: it reads the input" for s in stems}
-    deep = [s for s in linear if isinstance(s.module, kinds) and s.module.groups > 1]
-    deep = [s for s in deep if s.module.groups == s.module.in_channels]  # type: ignore[union-attr]
-    return named | {s.name: "depthwise convolution: no features meet" for s in deep}
+    grouped = ((s.name, s.module) for s in linear if isinstance(s.module, kinds))
+    deep = [name for name, conv in grouped if 1 < conv.groups == conv.in_channels]
+    return named | dict.fromkeys(deep, "depthwise convolution: no features meet")
 
 
 def find_config(

@@ -123,7 +123,7 @@ def _places(node: fx.Node, use: Any) -> Tensor:
     elif _is_pick(node):
         shape, (first, *_) = node.meta["shape"], node.all_input_nodes
         places = _places(first, use)
-        axis = int(node.args[1]) if packet is _ATEN.index_select else 0  # type: ignore[arg-type]
+        axis: Any = node.args[1] if packet is _ATEN.index_select else 0
         picked = places.narrow(axis, 0, 1)
         extra = len(shape) - places.dim()
         for _ in range(extra):
@@ -135,7 +135,8 @@ def _places(node: fx.Node, use: Any) -> Tensor:
     mapped: Any = fx.map_arg((node.args, node.kwargs), lambda n: _tree(n, use))
     args, kwargs = mapped
     if packet in {_ATEN._unsafe_view, _ATEN.view}:  # of what was copied, and here was not
-        return args[0].reshape(args[1])  # type: ignore[no-any-return]
+        seen: Tensor = args[0].reshape(args[1])
+        return seen
     result: Tensor = node.target(*args, **kwargs)
     return result
 

@@ -22,6 +22,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Rule",
+    "as_node",
     "is_random",
     "run_pipeline",
     "shape_of",
@@ -183,6 +184,12 @@ def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tup
             said = f"Pass {step.name} failed (after: {before}{where}): {error}"
             raise PassError(said) from error
     return tuple(reports)
+
+
+def as_node(argument: object) -> fx.Node:
+    """Return an argument of a node that is a node itself."""
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def shape_of(node: object) -> tuple[Any, ...] | None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from padst_compiler.dense_operand import find_operand, readers, structure_of
 from padst_compiler.insertion import inline
-from padst_compiler.rewrite import Facts, Report, Rule
+from padst_compiler.rewrite import Facts, Report, Rule, as_node
 from padst_compiler.structures import Shape, Structure
 from padst_compiler.unpacking import PACK, UNPACK
 
@@ -39,7 +38,7 @@ class LowerWeights:
         moved = [n for n in graph.nodes if n.target is _PERMUTE]
         moved = [n for n in moved if weights and _is_weight(n, weights)]
         for node in [n for n in graph.nodes if n in weights or n in moved]:
-            tensors = [_node(argument) for argument in node.args[:2]]
+            tensors = [as_node(argument) for argument in node.args[:2]]
             fired.append(Rule(facts.owner(tensors[1]), f"{node.name} is plain ATen"))
             new = inline(graph, node, _lowered(node), tensors, facts.table)
             node.replace_all_uses_with(new)
@@ -73,8 +72,3 @@ def _unpacking(structure: Structure, shape: Shape) -> Callable[..., Tensor]:
 
 def _gather(x: Tensor, perm: Tensor) -> Tensor:
     return x.index_select(-1, perm)
-
-
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument

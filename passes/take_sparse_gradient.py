@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from padst_compiler.dense_operand import Operand, find_operand, follow
 from padst_compiler.insertion import inline
 from padst_compiler.ops import LINEAR_DW
-from padst_compiler.rewrite import ATEN, Facts, Report, Rule
+from padst_compiler.rewrite import ATEN, Facts, Report, Rule, as_node
 from padst_compiler.unpacking import PACK
 
 __all__ = ["TakeSparseGradient"]
@@ -49,15 +49,15 @@ def _gradient(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
 
     A recorder gets them too.
     """
-    if node.target is PACK and (terms := _terms(_node(node.args[0]), False)):
-        at, (kind, unit) = _node(node.args[1]), node.args[2:]
+    if node.target is PACK and (terms := _terms(as_node(node.args[0]), False)):
+        at, (kind, unit) = as_node(node.args[1]), node.args[2:]
         nodes = [at, *(factor for term in terms for factor in term.nodes)]
         run = _summed(terms, LINEAR_DW[str(kind)], unit)
         node.replace_all_uses_with(inline(graph, node, run, nodes, facts.table))
         graph.erase_node(node)
         return at
     if node.args and str(node.args[0]) == _OBSERVE and node.kwargs.get("x") is None:
-        terms = _terms(_node(node.kwargs["grad"]), True)
+        terms = _terms(as_node(node.kwargs["grad"]), True)
         if terms is not None and len(terms) == 1:
             term = terms[0]
             grad, x = inline(graph, node, lambda *t: term.factors(t), term.nodes, facts.table)
@@ -104,7 +104,7 @@ class _Term:
 def _terms(node: fx.Node, flipped: bool) -> list[_Term] | None:
     """Return the products whose sum a gradient is, or its transpose; None where it is no such."""
     if node.op == "call_function" and node.target is ATEN.add.Tensor and not node.kwargs:
-        parts = [_terms(_node(one), flipped) for one in node.args if isinstance(one, fx.Node)]
+        parts = [_terms(as_node(one), flipped) for one in node.args if isinstance(one, fx.Node)]
         if len(parts) != 2 or None in parts:
             return None
         return [term for part in parts for term in part or ()]
@@ -115,8 +115,3 @@ def _terms(node: fx.Node, flipped: bool) -> list[_Term] | None:
     if base.op != "call_function" or base.target not in (ATEN.mm.default, ATEN.bmm.default):
         return None
     return [_Term(operand, operand.flipped != flipped)] if len(base.all_input_nodes) == 2 else None
-
-
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument

@@ -30,7 +30,7 @@ from padst_compiler.dense_operand import (
 )
 from padst_compiler.insertion import as_contiguous, inline
 from padst_compiler.ops import LINEAR, LINEAR_DX
-from padst_compiler.rewrite import ATEN, Facts, Refusal, Report, Rule
+from padst_compiler.rewrite import ATEN, Facts, Refusal, Report, Rule, as_node
 from padst_compiler.structures import Shape
 from padst_compiler.unpacking import UNPACK
 
@@ -70,7 +70,7 @@ def _product(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
         return None
     at = _PRODUCTS[node.target]
     bias = node.args[0] if at else None
-    first, second = (_node(node.args[place]) for place in (at, at + 1))
+    first, second = (as_node(node.args[place]) for place in (at, at + 1))
     for weight, x, late in ((second, first, True), (first, second, False)):
         operand = find_operand(weight)
         if operand is None or operand.base.target is not UNPACK:
@@ -84,7 +84,7 @@ def _product(graph: fx.Graph, node: fx.Node, facts: Facts) -> fx.Node | None:
         forward = operand.flipped == late
         around = (operand.columns, operand.rows) if forward else (operand.rows, operand.columns)
         before, after = undo(around[0]), around[1]
-        stored = _node(operand.base.args[0]), _indices(operand.base)
+        stored = as_node(operand.base.args[0]), _indices(operand.base)
         nodes: list[Any] = [x, *stored, bias]
         nodes += [one.perm for one in (*before, *after)]
         run = _multiply(operand, spans, before, after, forward, late)
@@ -152,9 +152,4 @@ def _rows_per_line(base: fx.Node) -> int | None:
 
 
 def _indices(node: fx.Node) -> fx.Node:
-    return _node(node.args[1])
-
-
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument
+    return as_node(node.args[1])

@@ -9,6 +9,7 @@ from torch import fx
 
 from padst_compiler.passes.folding.analysis import Analysis, Rule, on_live, unknown
 from padst_compiler.passes.folding.factors import Factor, fresh, regroup
+from padst_compiler.passes.folding.rules.parts import integer, operand_of
 from padst_compiler.passes.folding.rules.pointwise import follow
 from padst_compiler.rewrite import ATEN
 
@@ -17,7 +18,7 @@ __all__ = ["RULES"]
 
 def same(analysis: Analysis, node: fx.Node) -> None:
     """The result has the dimensions of the operand."""
-    analysis.keep(node, analysis.dims(_operand(node)))
+    analysis.keep(node, analysis.dims(operand_of(node)))
 
 
 def view(analysis: Analysis, node: fx.Node) -> None:
@@ -26,7 +27,7 @@ def view(analysis: Analysis, node: fx.Node) -> None:
     def fix(factors: Sequence[Factor]) -> None:
         analysis.pin(factors, "a view cuts across an axis")
 
-    dims = regroup(analysis.dims(_operand(node)), analysis.shape(node), fix)
+    dims = regroup(analysis.dims(operand_of(node)), analysis.shape(node), fix)
     if dims is None:
         unknown(analysis, node)
     else:
@@ -35,7 +36,7 @@ def view(analysis: Analysis, node: fx.Node) -> None:
 
 def transpose(analysis: Analysis, node: fx.Node) -> None:
     """Dimensions change places."""
-    dims = list(analysis.dims(_operand(node)))
+    dims = list(analysis.dims(operand_of(node)))
     if node.target is ATEN.permute.default:
         order = _list(node.args[1])
     else:
@@ -49,14 +50,14 @@ def transpose(analysis: Analysis, node: fx.Node) -> None:
 
 def squeeze(analysis: Analysis, node: fx.Node) -> None:
     """Dimensions of one element come or go: the others keep their sequence."""
-    found = iter(d for d in analysis.dims(_operand(node)) if d)
+    found = iter(d for d in analysis.dims(operand_of(node)) if d)
     shape = analysis.shape(node)
     analysis.keep(node, tuple(() if n == 1 else next(found) for n in shape))
 
 
 def expand(analysis: Analysis, node: fx.Node) -> None:
     """What is repeated is the same in every order, so that the new dimension is free."""
-    x, shape = _operand(node), analysis.shape(node)
+    x, shape = operand_of(node), analysis.shape(node)
     if not analysis.is_live(x):  # a constant in a batch of unknown size
         dims = fresh(shape)
         follow(analysis, node, x, dims)
@@ -68,18 +69,8 @@ def expand(analysis: Analysis, node: fx.Node) -> None:
     analysis.keep(node, tuple(a or b for a, b in zip(padded, new, strict=True)))
 
 
-def _operand(node: fx.Node) -> fx.Node:
-    assert isinstance(node.args[0], fx.Node)
-    return node.args[0]
-
-
-def _integer(value: Any) -> int:
-    assert isinstance(value, int)
-    return value
-
-
 def _list(value: Any) -> list[int]:
-    return [_integer(v) for v in value]
+    return [integer(v) for v in value]
 
 
 _RULES: dict[object, Rule] = (

@@ -9,7 +9,7 @@ from padst_compiler.index_map import IndexMap, invert
 from padst_compiler.ops import LINEAR, STRUCTURE_OF
 from padst_compiler.passes.folding.analysis import Analysis, Rule, Side, unknown
 from padst_compiler.passes.folding.factors import Dims, Factor, Field, fields_of, renewed
-from padst_compiler.passes.folding.problem import ANY, Edge, Endpoint, Gather
+from padst_compiler.passes.folding.problem import ANY, Allows, Edge, Endpoint, Gather
 from padst_compiler.passes.folding.rewriting import Rewriter
 from padst_compiler.passes.folding.rules.pointwise import follow, reordered
 from padst_compiler.passes.folding.spaces import Axis, Space, leaves, total
@@ -224,7 +224,7 @@ def structured(analysis: Analysis, node: fx.Node) -> None:
     analysis.keep(node, out)
 
 
-def _absorbs(structure: Structure, shape: Shape, side: str):  # type: ignore[no-untyped-def]
+def _absorbs(structure: Structure, shape: Shape, side: str) -> Allows:
     if side in structure.vacuous_sides:
         return ANY
     absorbs = structure.absorbs_columns if side == "input" else structure.absorbs_rows

@@ -27,10 +27,11 @@ def reduction(analysis: Analysis, node: fx.Node) -> None:
         gone = set(range(len(dims)))
     else:
         listed = given if isinstance(given, list | tuple) else [given]
-        if not all(isinstance(d, int) for d in listed):
+        numbers = [d for d in listed if isinstance(d, int)]
+        if len(numbers) != len(listed):
             unknown(analysis, node)
             return
-        gone = {int(d) % max(1, len(dims)) for d in listed}  # type: ignore[arg-type]
+        gone = {d % max(1, len(dims)) for d in numbers}
     kept = len(analysis.shape(node)) == len(dims)
     rest: list[Any] = [
         () if at in gone else factors for at, factors in enumerate(dims) if kept or at not in gone

@@ -50,7 +50,8 @@ def made(seed: int, *, most: int, size: int, tree: bool) -> tuple[Problem, list[
     spaces = [Space(size) for _ in range(rng.randint(2, most))]
     links = [(rng.randrange(at), at) for at in range(1, len(spaces))]
     if not tree:
-        links += [tuple(rng.sample(range(len(spaces)), 2)) for _ in range(rng.randint(0, 4))]  # type: ignore[misc]
+        pairs = list(itertools.permutations(range(len(spaces)), 2))
+        links += rng.choices(pairs, k=rng.randint(0, 4))
     for i, j in links:
         perm = IndexMap(torch.randperm(size, generator=source))
         one, two = rng.sample([spaces[i], spaces[j]], 2)

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,13 +7,7 @@ from torch.nn import functional as F
 
 from padst_compiler.passes.fold_permutations import FoldPermutations
 
-permute = torch.ops.padst.permute
-Rewrite = Callable[..., Any]
-N = 12
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+from .setting import N, Rewrite, permute, x
 
 
 @pytest.mark.parametrize(("split", "moves"), [(4, 0), (3, 1)])

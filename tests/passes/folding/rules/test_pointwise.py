@@ -1,6 +1,5 @@
 """Nets of several tensors, permuted and read: how often data move, and what stands in the way."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +9,7 @@ from torch.nn import functional as F
 
 from padst_compiler.passes.fold_permutations import FoldPermutations
 
-permute = torch.ops.padst.permute
-Rewrite = Callable[..., Any]
-N = 12
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+from .setting import N, Rewrite, permute, x
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,15 +7,9 @@ from torch.nn import functional as F
 
 from padst_compiler.passes.fold_permutations import FoldPermutations
 
-permute = torch.ops.padst.permute
-Rewrite = Callable[..., Any]
-Net = Callable[..., Any]
-N = 12
+from .setting import N, Net, Rewrite, permute, x
+
 MIXED = torch.arange(N).roll(1)
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def moves(rewrite: Rewrite, between: Net, rows: int, p: Tensor) -> int:
