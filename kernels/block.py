@@ -105,7 +105,7 @@ def _in_onnxruntime(g: Geometry) -> float | None:
 
 LINEAR = (
     Formulation("bmm_token_major", token_major, lambda g: _batched(g, 1.0)),
-    Formulation("bmm_feature_major", feature_major, _feature_major),
+    Formulation("bmm_feature_major", feature_major, _feature_major, feature_major=True),
 )
 DX = (Formulation("bmm_scatter", scatter_dx, _scattered),)
 DW = (Formulation("bmm", block_dw, lambda g: _batched(g, 1.0)),)

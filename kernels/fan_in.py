@@ -81,6 +81,6 @@ def _cost(g: Geometry) -> float | None:
     return gemm(g.tokens, kept, g.shape.out_features, efficiency=0.17) + traffic
 
 
-FAN_IN_LINEAR = (Formulation("embedding_bag", fan_in_bag, _cost),)
-NM_LINEAR = (Formulation("embedding_bag", nm_bag, _cost),)
-DIAGONAL_LINEAR = (Formulation("embedding_bag", diagonal_bag, _cost),)
+FAN_IN_LINEAR = (Formulation("embedding_bag", fan_in_bag, _cost, feature_major=True),)
+NM_LINEAR = (Formulation("embedding_bag", nm_bag, _cost, feature_major=True),)
+DIAGONAL_LINEAR = (Formulation("embedding_bag", diagonal_bag, _cost, feature_major=True),)

@@ -63,11 +63,13 @@ class Formulation:
         name: shown in reports.
         run: takes the operator's own arguments; plain torch, traced into the graph.
         cost: predicted cost in dense floating-point operations; None where it does not apply.
+        feature_major: reads and writes ``x^T``, and transposes at both ends.
     """
 
     name: str
     run: Callable[..., Tensor]
     cost: Callable[[Geometry], float | None]
+    feature_major: bool = False
 
 
 Candidates = Mapping[Any, Sequence[Formulation]]

@@ -9,21 +9,26 @@ Predictions, not timings: the same model gets the same graph and hits the compil
 formulation must promise 1.25x dense to be taken: predictions were measured to be off by up to
 30 %, and slower than dense is worse than a gain forgone. ``prefer="dense"`` and
 ``prefer="sparse"`` take that side wherever it exists.
+
+All sites are chosen together, because memory has a format: between two feature-major sites with
+nothing but pointwise operators between them Inductor keeps ``x^T`` and transposes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import fx
 
 from padst_compiler.compat import size_hint
-from padst_compiler.formulation import Candidates, Formulation, Geometry
+from padst_compiler.formulation import Candidates, Formulation, Geometry, moved
 from padst_compiler.insertion import inline
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
+from padst_compiler.passes.folding.solver import LARGE, Table, minimise
 from padst_compiler.rewrite import Facts, Report, Rule, shape_of
 from padst_compiler.structures import Shape, unit_of
 
@@ -44,13 +49,11 @@ class ChooseFormulation:
 
     def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
         """Lower every structured operator of the graph."""
+        nodes = [node for node in graph.nodes if node.target in self.candidates]
+        sites = {node: _geometry(node, facts) for node in nodes}
         fired = []
         traces: dict[object, fx.GraphModule] = {}  # the layers of a model are much alike
-        for node in list(graph.nodes):
-            if node.op != "call_function" or node.target not in self.candidates:
-                continue
-            geometry = _geometry(node, facts)
-            choice, why = self._choose(self.candidates[node.target], geometry)
+        for node, (choice, why) in self._choose(sites).items():
             site = facts.owner(_indices(node))
             fired.append(Rule(site, f"{choice.name}: {why}"))
             arguments = [_constant(argument) for argument in node.args]
@@ -59,24 +62,73 @@ class ChooseFormulation:
             graph.erase_node(node)
         return Report(self.name, tuple(fired))
 
-    def _choose(
-        self, candidates: Sequence[Formulation], geometry: Geometry
-    ) -> tuple[Formulation, str]:
-        costs = [(c.cost(geometry), c) for c in candidates]
-        dense_cost, dense = costs[-1]
-        assert dense_cost is not None
-        sparse = [(cost, c) for cost, c in costs[:-1] if cost is not None]
+    def _choose(self, sites: Mapping[fx.Node, Geometry]) -> dict[fx.Node, tuple[Formulation, str]]:
+        """Return the formulations that are predicted to cost least together, and why each."""
+        nodes = list(sites)
+        options = [self.candidates[node.target] for node in nodes]
+        costs = [
+            np.array([LARGE if c is None else c for c in (o.cost(g) for o in known)])
+            for known, g in zip(options, sites.values(), strict=True)
+        ]
+        pairs: dict[tuple[int, int], Table] = {}
+        for at, node in enumerate(nodes):
+            for writer in _writers(node, sites):
+                other = nodes.index(writer)  # earlier: a graph is in order
+                here, there = (
+                    np.array([c.feature_major for c in options[i]], dtype=np.float64)
+                    for i in (at, other)
+                )
+                saved = moved(sites[node].tokens * sites[node].shape.in_features, sites[node].item)
+                pairs[other, at] = -saved * there[:, None] * here
+        chosen = minimise([self._admitted(table) for table in costs], pairs)
+        together = {at for (i, j), t in pairs.items() if t[chosen[i], chosen[j]] for at in (i, j)}
+        picked = {}
+        for at, (node, geometry) in enumerate(sites.items()):
+            why = self._why(options[at], costs[at], chosen[at], geometry)
+            why += ", x^T kept between sites" if at in together else ""
+            picked[node] = (options[at][chosen[at]], why)
+        return picked
+
+    def _admitted(self, costs: Table) -> Table:
+        """Return the costs with the preference in them; the last one is that of dense."""
+        sparse = bool((costs[:-1] < LARGE).any())
+        admitted = costs.copy()
         if self.prefer == "dense":
-            return dense, "dense was asked for"
-        if not sparse:
-            return dense, f"no sparse formulation of {geometry.structure.name} applies here"
-        cost, best = min(sparse, key=lambda pair: pair[0])
-        ratio = dense_cost / cost
-        if self.prefer == "sparse":
-            return best, f"sparse was asked for; predicted {ratio:.1f}x dense"
-        if cost > MARGIN * dense_cost:
-            return dense, f"{best.name} is predicted at {ratio:.2f}x dense"
-        return best, f"predicted {ratio:.1f}x dense"
+            admitted[:-1] = LARGE
+        elif self.prefer == "sparse" and sparse:
+            admitted[-1] = LARGE
+        else:
+            admitted[-1] *= MARGIN
+        return admitted
+
+    def _why(
+        self, known: Sequence[Formulation], costs: Table, chosen: int, geometry: Geometry
+    ) -> str:
+        if self.prefer == "dense":
+            return "dense was asked for"
+        best = int(costs[:-1].argmin()) if len(known) > 1 else 0
+        if len(known) == 1 or costs[best] >= LARGE:
+            return f"no sparse formulation of {geometry.structure.name} applies here"
+        if chosen == len(known) - 1:
+            return f"{known[best].name} is predicted at {costs[-1] / costs[best]:.2f}x dense"
+        asked = "sparse was asked for; " if self.prefer == "sparse" else ""
+        return f"{asked}predicted {costs[-1] / costs[chosen]:.1f}x dense"
+
+
+def _writers(node: fx.Node, sites: Mapping[fx.Node, Geometry]) -> list[fx.Node]:
+    """Return the sites that a linear site reads through pointwise operators of its own alone."""
+    if node.target not in _LINEAR:
+        return []
+    found, waiting = [], [node.args[0]]
+    while waiting:
+        at = waiting.pop()
+        if not isinstance(at, fx.Node) or len(at.users) != 1:
+            continue
+        if at in sites:
+            found.append(at)
+        elif isinstance(at.target, torch._ops.OpOverload) and torch.Tag.pointwise in at.target.tags:
+            waiting += [x for x in at.all_input_nodes if shape_of(x) == shape_of(at)]
+    return found
 
 
 def _geometry(node: fx.Node, facts: Facts) -> Geometry:

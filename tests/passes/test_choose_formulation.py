@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from padst_compiler.compat import inductor_decompositions, trace_aten
-from padst_compiler.formulation import Formulation, Geometry
+from padst_compiler.formulation import Formulation, Geometry, moved
 from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.passes.choose_formulation import ChooseFormulation
@@ -142,6 +142,46 @@ def test_the_cheapest_is_taken_and_dense_within_the_margin(
 ) -> None:
     choose = ChooseFormulation(offered(*costs), prefer=prefer)
     assert rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired == [said]
+
+
+# -- memory format ---------------------------------------------------------------------------------
+
+FREE = {"between": lambda h: torch.nn.functional.gelu(h) * 2.0, "saves": True}
+USED = {"between": lambda h: h + h.sum(-1, keepdim=True), "saves": False}  # no pointwise way
+
+
+@pytest.mark.parametrize("between", [FREE, USED], ids=["pointwise", "reduction"])
+@pytest.mark.parametrize("margin", [0.9, 1.1])
+def test_sites_stay_feature_major_together_where_that_costs_least(
+    rewrite: Rewrite, between: dict[str, Any], margin: float
+) -> None:
+    width, tokens = 16, 9
+    saved = moved(tokens * width, 8)
+    # Alone each site is cheaper token-major, by half of ``margin`` times what the pair would save.
+    fm, tm = 1e9 + 0.5 * margin * saved, 1e9
+    way = CANDIDATES[LINEAR["fan_in"]][-1].run
+    known = {
+        LINEAR["fan_in"]: [
+            Formulation("features", way, lambda _: fm, feature_major=True),
+            Formulation("tokens", way, lambda _: tm),
+            Formulation("dense", way, lambda _: 4e9),
+        ]
+    }
+
+    def two(x: Tensor, **given: Tensor) -> Tensor:
+        h = LINEAR["fan_in"](x, given["v0"], given["i0"], None, width)
+        y: Tensor = LINEAR["fan_in"](between["between"](h), given["v1"], given["i1"], None, width)
+        return y
+
+    structure = FanIn()
+    given: dict[str, Tensor] = {}
+    for at in "01":
+        indices = structure.select(x(width, width), structure.kept(Shape(width, width), 0.5))
+        given |= {f"i{at}": indices, f"v{at}": structure.pack(x(width, width), indices)}
+    said = rewrite(ChooseFormulation(known), two, x(tokens, width), **given).fired
+    together = "features: predicted 4.0x dense, x^T kept between sites"
+    alone = "tokens: predicted 4.0x dense"
+    assert said == [together if between["saves"] and margin < 1.0 else alone] * 2
 
 
 def test_an_operator_without_candidates_stays(rewrite: Rewrite) -> None:

@@ -24,9 +24,16 @@ from .test_coverage import STRUCTURES
 from .test_zoo import reported
 
 OPTIONS = {"verify": "strict", "kernels": "sparse", "codegen": "off"}
-TOLERANCE = dict.fromkeys(
-    ("llama", "mistral", "qwen2", "gemma", "mixtral", "t5", "mamba", "bloom"), 1e-6
-)  # norms or softmax compute in float32 whatever they are given; ``verify`` sees them in float64
+FLOAT32 = {  # what computes in float32 whatever it is given; ``verify`` sees it in float64
+    "llama": "RMSNorm, rotary tables, softmax",
+    "mistral": "RMSNorm, rotary tables, softmax",
+    "qwen2": "RMSNorm, rotary tables, softmax",
+    "gemma": "RMSNorm, rotary tables, softmax",
+    "mixtral": "RMSNorm, rotary tables, softmax, the router",
+    "t5": "the variance of RMSNorm",
+    "mamba": "the recurrence",
+    "bloom": "softmax",
+}
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")
 
 
@@ -104,7 +111,7 @@ def test_compiled_equals_eager_and_the_report_is_right(name: str, structure: str
     with torch.no_grad(), reported() as said:
         expected = tensors(model(**inputs))
         fast = torch.compile(model, backend=ours, fullgraph=not allowed)
-        assert_close(tensors(fast(**inputs)), expected, TOLERANCE.get(name, 1e-9))
+        assert_close(tensors(fast(**inputs)), expected, 1e-6 if name in FLOAT32 else 1e-9)
     assert breaks() <= allowed
     verdicts = [str(row[0]) for row in said if len(row) == 1]
     report = padst_compiler.explain(model, inputs, options=OPTIONS)
@@ -146,5 +153,7 @@ def test_a_training_step(name: str, structure: str) -> None:
     still(model.train())
     expected = step(model, model, inputs)
     assert_close(
-        step(model, torch.compile(model, backend=ours), inputs), expected, TOLERANCE.get(name, 1e-9)
+        step(model, torch.compile(model, backend=ours), inputs),
+        expected,
+        1e-6 if name in FLOAT32 else 1e-9,
     )

@@ -152,3 +152,16 @@ def test_element_wise_readers_leave_no_movement(structure: str) -> None:
     model, inputs = sparse("llama", structure, "random")
     report = padst.explain(model, inputs, options={"kernels": "sparse", "verify": "strict"})
     assert report.gathers == 0
+
+
+@pytest.mark.slow
+def test_feature_major_sites_hand_each_other_their_features_untransposed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(f for _ in range(3) for f in (nn.Linear(64, 64), nn.GELU())))
+    padst.harden(padst.sparsify(net, structure="fan_in", sparsity=0.9)).eval()
+    x = torch.randn(32, 64)
+    with torch.no_grad():
+        fast = torch.compile(net, backend="padst", options={"kernels": "sparse"})
+        y, codes = run_and_get_code(fast, x)
+        torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-4)
+    assert "\n".join(codes).count("transpose_mxn<") == 2  # before the first site, behind the last
