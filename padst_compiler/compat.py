@@ -232,10 +232,11 @@ def source_digest(extra: str) -> str:
     """
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256(f"{torch.__version__}|{extra}".encode())
-    folders = [root, root / "structures"]
-    folders += [root / name for name in ("passes", "kernels", "export")]
-    for folder in folders:
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode())
+    for folder in (root, *(root / name for name in ("passes", "kernels", "export"))):
+        folder = (
+            folder.resolve()
+        )  # in a checkout these three are links, which rglob does not follow
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from torch import fx
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.analysis import Analysis
 from padst_compiler.passes.folding.choice import Orders, choose
-from padst_compiler.passes.folding.problem import ANY, Edge, Problem
+from padst_compiler.passes.folding.problem import ANY, Edge, Near, Problem
 from padst_compiler.passes.folding.rewriting import Rewriter
 from padst_compiler.passes.folding.rules import RULES
 from padst_compiler.passes.folding.rules.pointwise import pointwise
@@ -50,7 +50,7 @@ class FoldPermutations:
         _drop_strides(graph)
         fired = _share(graph, permutes, facts)
         problem = Analysis(graph, facts, RULES, pointwise).problem
-        orders = choose(problem)
+        orders, near = choose(problem), Near(problem)
         left = []
         known = {edge.node for edge in problem.edges}
         for node in graph.find_nodes(op="call_function", target=PERMUTE):
@@ -60,12 +60,12 @@ class FoldPermutations:
         for edge in problem.edges:
             name, rest = facts.owner(edge.node), _residue(edge, orders)
             if rest.is_identity:
-                fired.append(Rule(name, _absorbers(edge, problem, orders)))
+                fired.append(Rule(name, _absorbers(edge, near, orders)))
             elif torch.equal(rest.perm, edge.perm.perm):
-                left.append(Refusal(name, _obstacles(edge, problem, orders)))
+                left.append(Refusal(name, _obstacles(edge, near, orders)))
             else:
                 fired.append(Rule(name, "a simpler map is left"))
-        _apply(graph, facts, problem, orders)
+        _apply(graph, facts, problem, orders, near)
         return Report(self.name, tuple(fired), tuple(left))
 
 
@@ -113,7 +113,7 @@ def _residue(edge: Edge, orders: Orders) -> IndexMap:
     return IndexMap(source.inverse.perm[edge.perm.then(target).perm])
 
 
-def _apply(graph: fx.Graph, facts: Facts, problem: Problem, orders: Orders) -> None:
+def _apply(graph: fx.Graph, facts: Facts, problem: Problem, orders: Orders, near: Near) -> None:
     for edge in problem.edges:
         if orders.moves(edge.source) or orders.moves(edge.target) or edge.perm.is_identity:
             perm = edge.node.args[1]
@@ -129,7 +129,7 @@ def _apply(graph: fx.Graph, facts: Facts, problem: Problem, orders: Orders) -> N
                 endpoint.edit(rewriter, order)
         else:
             assert endpoint.gather is not None, endpoint.why
-            _name(rewriter.gather(endpoint.gather, order), endpoint.axis, problem, facts)
+            _name(rewriter.gather(endpoint.gather, order), endpoint.axis, near, facts)
     for edge in problem.edges:
         if orders.moves(edge.source) or orders.moves(edge.target) or edge.perm.is_identity:
             name = facts.owner(edge.node)
@@ -138,44 +138,38 @@ def _apply(graph: fx.Graph, facts: Facts, problem: Problem, orders: Orders) -> N
                 facts.names.setdefault(held, name)
 
 
-def _name(order: fx.Node, axis: Axis, problem: Problem, facts: Facts) -> None:
+def _name(order: fx.Node, axis: Axis, near: Near, facts: Facts) -> None:
     """Say for reports whose maps a new movement does the work of."""
-    near = set(leaves(axis))
-    edges = [e for e in problem.edges if near & {*leaves(e.source), *leaves(e.target)}]
-    owners = dict.fromkeys(facts.owner(edge.node) for edge in edges)
+    owners = dict.fromkeys(facts.owner(edge.node) for edge in near.edges(leaves(axis)))
     if owners:
         facts.names.setdefault(order, ", ".join(owners))
 
 
-def _absorbers(edge: Edge, problem: Problem, orders: Orders) -> str:
+def _absorbers(edge: Edge, near: Near, orders: Orders) -> str:
     """Say who follows the map."""
-    near = {*leaves(edge.source), *leaves(edge.target)}
-    found = [
-        endpoint.absorbs
-        for endpoint in problem.endpoints
-        if endpoint.absorbs and orders.moves(endpoint.axis) and near & set(leaves(endpoint.axis))
-    ]
+    spaces = (*leaves(edge.source), *leaves(edge.target))
+    found = [e.absorbs for e in near.endpoints(spaces) if e.absorbs and orders.moves(e.axis)]
     return ", ".join(dict.fromkeys(found)) or "the map moves nothing"
 
 
-def _obstacles(edge: Edge, problem: Problem, orders: Orders) -> str:
+def _obstacles(edge: Edge, near: Near, orders: Orders) -> str:
     """Say what fixes the order on both sides of a map that stays."""
     source = edge.perm.then(orders.of(edge.target))
     target = edge.perm.inverse.then(orders.of(edge.source))
     found = [
-        _first_obstacle(axis, order, problem)
+        _first_obstacle(axis, order, near)
         for axis, order in ((edge.source, source), (edge.target, target))
     ]
     return "; ".join(dict.fromkeys(why for why in found if why)) or "it costs least here"
 
 
-def _first_obstacle(axis: Axis, order: IndexMap, problem: Problem) -> str:
+def _first_obstacle(axis: Axis, order: IndexMap, near: Near) -> str:
     own = leaves(axis)
     if not _keeps_apart(order, own):
         return "the map mixes parts of an axis that are used apart"
-    for endpoint in problem.endpoints:
-        shared = leaves(endpoint.axis)
-        if set(own) & set(shared) and endpoint.allows is not ANY:
+    for endpoint in near.endpoints(own):
+        if endpoint.allows is not ANY:
+            shared = leaves(endpoint.axis)
             follows = endpoint.allows is not None and shared == own and endpoint.allows(order)
             if not follows and endpoint.why:
                 return endpoint.why

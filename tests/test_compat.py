@@ -293,6 +293,7 @@ SHAPING = [
     "compat.py",
     "structures/block.py",
     "passes/cancel_inverse.py",
+    "passes/folding/rules/products.py",
     "kernels/block.py",
     "ops.py",
 ]
@@ -308,6 +309,14 @@ def test_an_edit_of_any_source_changes_the_digest(copied: Path, name: str) -> No
     assert compat.source_digest("x") != before
     source.write_text(text, "utf-8")
     assert compat.source_digest("x") == before
+
+
+def test_sources_behind_a_link_are_in_the_digest(copied: Path, tmp_path: Path) -> None:
+    (copied / "passes").rename(tmp_path / "passes")
+    (copied / "passes").symlink_to(tmp_path / "passes")  # as in a checkout
+    before = compat.source_digest("x")
+    (tmp_path / "passes" / "folding" / "choice.py").write_text("", "utf-8")
+    assert compat.source_digest("x") != before
 
 
 def test_a_new_a_lost_and_a_renamed_source_change_the_digest(copied: Path) -> None:

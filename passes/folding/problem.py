@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from padst_compiler.index_map import IndexMap
 from padst_compiler.passes.folding.factors import Field
-from padst_compiler.passes.folding.spaces import Axis, Size
+from padst_compiler.passes.folding.spaces import Axis, Size, Space, leaves
 
 if TYPE_CHECKING:
     from padst_compiler.passes.folding.rewriting import Rewriter
@@ -24,6 +24,7 @@ __all__ = [
     "Edit",
     "Endpoint",
     "Gather",
+    "Near",
     "Problem",
     "apart",
     "held_by",
@@ -31,6 +32,7 @@ __all__ = [
     "project",
 ]
 
+T = TypeVar("T")
 Edit: TypeAlias = "Callable[[Rewriter, IndexMap], None]"
 Allows: TypeAlias = Callable[[IndexMap], bool]
 
@@ -120,6 +122,36 @@ class Problem:
     edges: list[Edge] = field(default_factory=list)
     endpoints: list[Endpoint] = field(default_factory=list)
     couplings: list[Coupling] = field(default_factory=list)
+
+
+class Near:
+    """Finds what of a problem stands at some spaces: a search for every map would be quadratic."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._endpoints = _by_space((e, (e.axis,)) for e in problem.endpoints)
+        self._edges = _by_space((e, (e.source, e.target)) for e in problem.edges)
+
+    def endpoints(self, spaces: Iterable[Space]) -> list[Endpoint]:
+        """Return the endpoints at any of the spaces, in the order of the problem."""
+        return _found(self._endpoints, spaces)
+
+    def edges(self, spaces: Iterable[Space]) -> list[Edge]:
+        """Return the maps that start or end at any of the spaces, in the order of the problem."""
+        return _found(self._edges, spaces)
+
+
+def _by_space(items: Iterable[tuple[T, tuple[Axis, ...]]]) -> dict[Space, dict[int, T]]:
+    found: dict[Space, dict[int, T]] = {}
+    for at, (item, axes) in enumerate(items):
+        for axis in axes:
+            for space in leaves(axis):
+                found.setdefault(space, {})[at] = item
+    return found
+
+
+def _found(index: dict[Space, dict[int, T]], spaces: Iterable[Space]) -> list[T]:
+    near = [found for space in spaces for found in index.get(space, {}).items()]
+    return [item for _, item in sorted(dict(near).items())]
 
 
 def project(order: IndexMap, sizes: Sequence[int], held: Sequence[int]) -> Tensor | None:
