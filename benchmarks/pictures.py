@@ -53,6 +53,8 @@ def strength(rows: list[Row], axes: Any) -> None:
             _line(axis, chosen, lambda r: float(r["penalty"]), column, name, colour, "-")
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set(title=title, xlabel="penalty weight")
+        if column != "accuracy":
+            axis.set_ylim(0.0, 1.05)
     axes[0].legend(fontsize=8)
 
 
