@@ -14,8 +14,8 @@ __all__ = ["CANDIDATES", "PORTABLE"]
 
 _SPARSE = {
     LINEAR["block"]: (micro_block.LINEAR_FORM, *block.LINEAR),
-    LINEAR_DX["block"]: block.DX,
-    LINEAR_DW["block"]: block.DW,
+    LINEAR_DX["block"]: (micro_block.DX_FORM, *block.DX),
+    LINEAR_DW["block"]: (micro_block.DW_FORM, *block.DW),
     LINEAR["nm"]: fan_in.NM_LINEAR,
     LINEAR["diagonal"]: fan_in.DIAGONAL_LINEAR,
     LINEAR["fan_in"]: fan_in.FAN_IN_LINEAR,

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-__all__ = ["fallback", "lower", "numbers", "run", "threads", "view"]
+__all__ = ["are_numbers", "fallback", "lower", "numbers", "run", "threads", "transposed", "view"]
 
 
 def lower(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
@@ -38,6 +38,19 @@ def view(x: Any, sizes: Sequence[Any]) -> Any:
     from torch._inductor.lowering import lowerings
 
     return lowerings[torch.ops.aten.reshape.default](x, list(sizes))
+
+
+def transposed(x: Any) -> Any:
+    """Return a tensor of the graph with its last two dimensions swapped."""
+    from torch._inductor.lowering import lowerings
+
+    axes = list(range(len(x.get_size())))
+    return lowerings[torch.ops.aten.permute.default](x, [*axes[:-2], axes[-1], axes[-2]])
+
+
+def are_numbers(sizes: Sequence[Any]) -> bool:
+    """Whether no size is symbolic."""
+    return all(isinstance(size, int) or bool(size.is_number) for size in sizes)
 
 
 def numbers(sizes: Sequence[Any]) -> list[int]:
@@ -74,18 +87,27 @@ def run(
     from torch._inductor import ir
     from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
 
-    real = []
-    for tensor in inputs.values():
-        (whole,) = (realize_inputs(tensor),)
-        flat = len(tensor.get_size()) == 2
-        need = ir.ExternKernel.require_stride1 if flat else ir.ExternKernel.require_contiguous
-        real.append(need(whole))
+    real = [_laid_out(realize_inputs(tensor)) for tensor in inputs.values()]
     layout = ir.FixedLayout(real[0].get_device(), real[0].get_dtype(), list(sizes))
     choices: list[Any] = []
     template = _template()(name, source, dict(zip(inputs, real, strict=True)), layout, values)
     template.maybe_append_choice(choices)
     result: Any = autotune_select_algorithm(name, choices, real, layout)
     return result[0] if isinstance(result, tuple) else result
+
+
+def _laid_out(x: Any) -> Any:
+    """Return a tensor of the graph with unit stride in its last dimension, or a copy that has it.
+
+    Of more than two dimensions, contiguous.
+    """
+    from torch._inductor.ir import ExternKernel
+
+    if len(x.get_size()) == 2:
+        x = ExternKernel.require_stride_order(x, [1, 0])
+        if x.get_stride()[-1] == 1:
+            return x
+    return ExternKernel.require_contiguous(x)
 
 
 @functools.cache
@@ -97,7 +119,7 @@ def _template() -> Any:
     from torch._inductor.codegen.cpp_template import CppTemplate
     from torch._inductor.virtualized import V
 
-    class Template(CppTemplate):  # type: ignore[misc, no-any-unimported]
+    class Template(CppTemplate):
         def __init__(
             self,
             name: str,
@@ -109,33 +131,28 @@ def _template() -> Any:
             super().__init__(name, list(inputs.values()), layout, num_threads=threads())
             self.names, self.source, self.values = list(inputs), source, dict(values)
 
-        def render(
-            self,
-            kernel: Any,
-            template_buffer_node: Any = None,
-            flag_template_buffer_has_other_users: bool | None = None,
-            epilogue_nodes: list[Any] | None = None,
-            **unused: Any,
-        ) -> str:
-            del unused
-            out = self.output_node if template_buffer_node is None else template_buffer_node
+        def render(self, **given: Any) -> str:
+            kernel, node = given["kernel"], given.get("template_buffer_node")
+            followers = given.get("epilogue_nodes")
+            shared = given.get("flag_template_buffer_has_other_users")
+            out: Any = self.output_node if node is None else node
             result, flat, made = out, out, out
             nodes: list[Any] = []
             reindexers: list[Any] = []
             aliases: list[str] = []
-            if flag_template_buffer_has_other_users:  # they read a copy of the tiles
+            if shared:  # others read a copy of the tiles
                 made = ir.Buffer(name=f"{out.get_name()}_tiles", layout=out.get_layout())
                 nodes.append(_copy(made, out))
                 reindexers.append(None)
                 aliases.append(made.get_name())
-            if epilogue_nodes:
-                if not flag_template_buffer_has_other_users:
+            if followers:
+                if not shared:
                     aliases.append(out.get_name())
-                nodes += epilogue_nodes
+                nodes += followers
                 result = nodes[-1]
-                plain: list[Any] = [None] * len(epilogue_nodes)
+                plain: list[Any] = [None] * len(followers)
                 flat, reindexers = gen_2d_view_of_epilogue_buf(
-                    result, out, epilogue_nodes, reindexers, default_reindexers=plain
+                    result, out, followers, reindexers, default_reindexers=plain
                 )
             inputs = dict(zip(self.names, self.input_nodes, strict=True))
             with ExitStack() as stack:
