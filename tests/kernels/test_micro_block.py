@@ -48,7 +48,7 @@ def close(y: Tensor, expected: Tensor) -> None:
     assert float((y.double() - expected).abs().max()) <= 1e-5 * scale
 
 
-SIDES = [Block(4), Block(8), Block(16), Block(32), Block(16, 8), Block(8, 24)]
+SIDES: list[Any] = [Block(4), Block(8), Block(16), Block(32), Block(16, 8), Block(8, 24)]
 
 
 @pytest.mark.parametrize(
