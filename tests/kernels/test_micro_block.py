@@ -116,7 +116,13 @@ def test_one_graph_serves_every_number_of_tokens() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("how", ["transposed", "strided", "page", "one", "vector"])
+def some(*names: str, ordinary: int) -> list[Any]:
+    """Return parameters of which the first ones are in the ordinary suite: each is a compile."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names[ordinary:]]
+    return [*names[:ordinary], *slow]
+
+
+@pytest.mark.parametrize("how", some("transposed", "page", "strided", "one", "vector", ordinary=2))
 def test_inputs_may_lie_in_any_way(how: str) -> None:
     wide = 1024 if how == "page" else 16  # rows a page apart are copied
     values, indices, dense = weights(Block(8), Shape(24, wide))
@@ -132,7 +138,7 @@ def test_inputs_may_lie_in_any_way(how: str) -> None:
     close(y, x.double() @ dense.t())
 
 
-@pytest.mark.parametrize("why", ["float64", "bias", "free", "odd"])
+@pytest.mark.parametrize("why", some("free", "bias", "float64", "odd", ordinary=1))
 def test_what_the_kernels_do_not_do_calls_the_operator(why: str) -> None:
     structure = {"free": Block(8, balanced=False), "odd": Block(6, 8)}.get(why, Block(8))
     dtype = torch.float64 if why == "float64" else torch.float32
