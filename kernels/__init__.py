@@ -5,7 +5,7 @@
 """
 
 from padst_compiler.formulation import Candidates
-from padst_compiler.kernels import block, fan_in, micro_block
+from padst_compiler.kernels import block, fan_in
 from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
@@ -13,9 +13,9 @@ from padst_compiler.structures import STRUCTURES
 __all__ = ["CANDIDATES", "PORTABLE"]
 
 _SPARSE = {
-    LINEAR["block"]: (micro_block.LINEAR_FORM, *block.LINEAR),
-    LINEAR_DX["block"]: (micro_block.DX_FORM, *block.DX),
-    LINEAR_DW["block"]: (micro_block.DW_FORM, *block.DW),
+    LINEAR["block"]: block.LINEAR,
+    LINEAR_DX["block"]: block.DX,
+    LINEAR_DW["block"]: block.DW,
     LINEAR["nm"]: fan_in.NM_LINEAR,
     LINEAR["diagonal"]: fan_in.DIAGONAL_LINEAR,
     LINEAR["fan_in"]: fan_in.FAN_IN_LINEAR,

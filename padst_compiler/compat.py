@@ -236,7 +236,7 @@ def source_digest(extra: str) -> str:
         folder = (
             folder.resolve()
         )  # in a checkout these three are links, which rglob does not follow
-        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.h"))):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
