@@ -220,9 +220,8 @@ class _Both(CustomGraphPass):
         ids = [
             other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others
         ]
-        return (
-            None if None in ids else (*ids, self.ours.uuid())
-        )  # None: not cacheable, as theirs is
+        # None: not cacheable, as theirs is
+        return None if None in ids else (*ids, self.ours.uuid())
 
 
 def source_digest(extra: str) -> str:
@@ -233,9 +232,7 @@ def source_digest(extra: str) -> str:
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256(f"{torch.__version__}|{extra}".encode())
     for folder in (root, *(root / name for name in ("passes", "kernels", "export"))):
-        folder = (
-            folder.resolve()
-        )  # in a checkout these three are links, which rglob does not follow
+        folder = folder.resolve()  # rglob does not follow links, which these three may be
         for path in sorted(folder.rglob("*.py")):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())

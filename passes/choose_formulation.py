@@ -25,10 +25,10 @@ import torch
 from torch import fx
 
 from padst_compiler.compat import size_hint
-from padst_compiler.formulation import Candidates, Formulation, Geometry, moved
+from padst_compiler.formulation import BYTE, Candidates, Formulation, Geometry
 from padst_compiler.insertion import inline
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
-from padst_compiler.passes.folding.solver import LARGE, Table, minimise
+from padst_compiler.passes.folding.solver import Table, minimise
 from padst_compiler.rewrite import Facts, Report, Rule, shape_of
 from padst_compiler.structures import Shape, unit_of
 
@@ -64,55 +64,69 @@ class ChooseFormulation:
 
     def _choose(self, sites: Mapping[fx.Node, Geometry]) -> dict[fx.Node, tuple[Formulation, str]]:
         """Return the formulations that are predicted to cost least together, and why each."""
-        nodes = list(sites)
-        options = [self.candidates[node.target] for node in nodes]
-        costs = [
-            np.array([LARGE if c is None else c for c in (o.cost(g) for o in known)])
-            for known, g in zip(options, sites.values(), strict=True)
+        position = {node: at for at, node in enumerate(sites)}
+        priced = [_priced(self.candidates[node.target], g) for node, g in sites.items()]
+        options = [self._admitted(known) for known in priced]
+        unary = [
+            np.array([c * (MARGIN if way is known[-1] else 1.0) for way, c in given.items()])
+            for given, known in zip(options, map(list, priced), strict=True)
         ]
         pairs: dict[tuple[int, int], Table] = {}
-        for at, node in enumerate(nodes):
+        for at, (node, geometry) in enumerate(sites.items()):
             for writer in _writers(node, sites):
-                other = nodes.index(writer)  # earlier: a graph is in order
+                other = position[writer]  # earlier: a graph is in order
                 here, there = (
-                    np.array([c.feature_major for c in options[i]], dtype=np.float64)
+                    np.array([way.feature_major for way in options[i]], dtype=np.float64)
                     for i in (at, other)
                 )
-                saved = moved(sites[node].tokens * sites[node].shape.in_features, sites[node].item)
-                pairs[other, at] = -saved * there[:, None] * here
-        chosen = minimise([self._admitted(table) for table in costs], pairs)
+                pairs[other, at] = -_kept_transposed(geometry) * there[:, None] * here
+        most = max((table.max() for table in unary), default=1.0)  # far from the solver's LARGE
+        chosen = minimise([t / most for t in unary], {ij: t / most for ij, t in pairs.items()})
         together = {at for (i, j), t in pairs.items() if t[chosen[i], chosen[j]] for at in (i, j)}
         picked = {}
         for at, (node, geometry) in enumerate(sites.items()):
-            why = self._why(options[at], costs[at], chosen[at], geometry)
+            way = list(options[at])[chosen[at]]
+            why = self._why(priced[at], way, geometry)
             why += ", x^T kept between sites" if at in together else ""
-            picked[node] = (options[at][chosen[at]], why)
+            picked[node] = (way, why)
         return picked
 
-    def _admitted(self, costs: Table) -> Table:
-        """Return the costs with the preference in them; the last one is that of dense."""
-        sparse = bool((costs[:-1] < LARGE).any())
-        admitted = costs.copy()
+    def _admitted(self, priced: Mapping[Formulation, float]) -> dict[Formulation, float]:
+        """Return the formulations that the preference leaves; the last one given is dense."""
+        *sparse, dense = priced
         if self.prefer == "dense":
-            admitted[:-1] = LARGE
-        elif self.prefer == "sparse" and sparse:
-            admitted[-1] = LARGE
-        else:
-            admitted[-1] *= MARGIN
-        return admitted
+            sparse = []
+        left = sparse if self.prefer == "sparse" and sparse else [*sparse, dense]
+        return {way: priced[way] for way in left}
 
     def _why(
-        self, known: Sequence[Formulation], costs: Table, chosen: int, geometry: Geometry
+        self, priced: Mapping[Formulation, float], chosen: Formulation, geometry: Geometry
     ) -> str:
+        *sparse, dense = priced
         if self.prefer == "dense":
             return "dense was asked for"
-        best = int(costs[:-1].argmin()) if len(known) > 1 else 0
-        if len(known) == 1 or costs[best] >= LARGE:
+        if not sparse:
             return f"no sparse formulation of {geometry.structure.name} applies here"
-        if chosen == len(known) - 1:
-            return f"{known[best].name} is predicted at {costs[-1] / costs[best]:.2f}x dense"
+        if chosen is dense:
+            best = min(sparse, key=priced.__getitem__)
+            return f"{best.name} is predicted at {priced[dense] / priced[best]:.2f}x dense"
         asked = "sparse was asked for; " if self.prefer == "sparse" else ""
-        return f"{asked}predicted {costs[-1] / costs[chosen]:.1f}x dense"
+        return f"{asked}predicted {priced[dense] / priced[chosen]:.1f}x dense"
+
+
+def _priced(known: Sequence[Formulation], geometry: Geometry) -> dict[Formulation, float]:
+    """Return the predicted costs of the formulations that apply, dense last."""
+    costs = {way: way.cost(geometry) for way in known}
+    return {way: cost for way, cost in costs.items() if cost is not None}
+
+
+def _kept_transposed(geometry: Geometry) -> float:
+    """Return what a site saves that finds ``x^T``: reading and writing x once, in the cache.
+
+    Not more out of it: the activation between two sites, which the transposition is fused with,
+    moves the same numbers either way (fan-in at 1576 tokens loses to dense at any higher price).
+    """
+    return 2.0 * BYTE * geometry.tokens * geometry.shape.in_features * geometry.item
 
 
 def _writers(node: fx.Node, sites: Mapping[fx.Node, Geometry]) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from padst_compiler.compat import inductor_decompositions, trace_aten
-from padst_compiler.formulation import Formulation, Geometry, moved
+from padst_compiler.formulation import BYTE, Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.passes.choose_formulation import ChooseFormulation
@@ -156,7 +156,7 @@ def test_sites_stay_feature_major_together_where_that_costs_least(
     rewrite: Rewrite, between: dict[str, Any], margin: float
 ) -> None:
     width, tokens = 16, 9
-    saved = moved(tokens * width, 8)
+    saved = 2.0 * BYTE * tokens * width * 8
     # Alone each site is cheaper token-major, by half of ``margin`` times what the pair would save.
     fm, tm = 1e9 + 0.5 * margin * saved, 1e9
     way = CANDIDATES[LINEAR["fan_in"]][-1].run
@@ -182,6 +182,18 @@ def test_sites_stay_feature_major_together_where_that_costs_least(
     together = "features: predicted 4.0x dense, x^T kept between sites"
     alone = "tokens: predicted 4.0x dense"
     assert said == [together if between["saves"] and margin < 1.0 else alone] * 2
+
+
+@pytest.mark.parametrize("prefer", ["auto", "sparse"])
+def test_what_does_not_apply_is_never_taken_however_large_the_costs(
+    rewrite: Rewrite, prefer: str
+) -> None:
+    choose = ChooseFormulation(offered(None, 1e18, 4e18), prefer=prefer)
+    said = rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired
+    assert [line.split(":")[0] for line in said] == ["sparse1"]
+    choose = ChooseFormulation(offered(None, 4e18, 1e18), prefer="auto")
+    said = rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired
+    assert said == ["dense: sparse1 is predicted at 0.25x dense"]
 
 
 def test_an_operator_without_candidates_stays(rewrite: Rewrite) -> None:

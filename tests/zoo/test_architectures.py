@@ -66,12 +66,17 @@ def tensors(result: Any) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+def tolerance(name: str) -> float:
+    """Return the largest error allowed, as a share of a tensor's largest number."""
+    return 1e-6 if name in FLOAT32 else 1e-9
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], error: float) -> None:
     """Compare by the largest number of each tensor."""
     assert theirs and len(ours) == len(theirs)
     for y, expected in zip(ours, theirs, strict=True):
         scale = float(expected.detach().abs().max())
-        torch.testing.assert_close(y, expected, rtol=0.0, atol=tolerance * max(scale, 1e-3))
+        torch.testing.assert_close(y, expected, rtol=0.0, atol=error * max(scale, 1e-3))
 
 
 def narrow(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def test_compiled_equals_eager_and_the_report_is_right(name: str, structure: str
     with torch.no_grad(), reported() as said:
         expected = tensors(model(**inputs))
         fast = torch.compile(model, backend=ours, fullgraph=not allowed)
-        assert_close(tensors(fast(**inputs)), expected, 1e-6 if name in FLOAT32 else 1e-9)
+        assert_close(tensors(fast(**inputs)), expected, tolerance(name))
     assert breaks() <= allowed
     verdicts = [str(row[0]) for row in said if len(row) == 1]
     report = padst_compiler.explain(model, inputs, options=OPTIONS)
@@ -152,8 +157,5 @@ def test_a_training_step(name: str, structure: str) -> None:
     model, inputs = sparse(name, structure)
     still(model.train())
     expected = step(model, model, inputs)
-    assert_close(
-        step(model, torch.compile(model, backend=ours), inputs),
-        expected,
-        1e-6 if name in FLOAT32 else 1e-9,
-    )
+    found = step(model, torch.compile(model, backend=ours), inputs)
+    assert_close(found, expected, tolerance(name))
