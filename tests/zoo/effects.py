@@ -13,7 +13,7 @@ from .net import D, Each, Net
 
 class InPlacePointwise(Net):
     def forward(self, x: Tensor) -> Any:
-        return self.r(self.a(x).relu_().mul_(0.5).add_(1.0))
+        return self.r(self.a(x).mul_(0.5).add_(1.0).relu_())  # what relu_ saves stays as it is
 
 
 class FeaturesWrittenThroughAView(Net):
