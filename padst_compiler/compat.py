@@ -26,6 +26,7 @@ __all__ = [
     "CustomGraphPass",
     "compile_with_inductor",
     "composed",
+    "force_strides",
     "inductor_decompositions",
     "inductor_option_names",
     "is_module_state",
@@ -121,6 +122,14 @@ def inductor_decompositions() -> Mapping[Any, Callback]:
 
     table: Mapping[Any, Callback] = select_decomp_table()
     return table
+
+
+def force_strides() -> torch._ops.OpOverload:
+    """Return Inductor's operator ``(tensor, strides)`` that keeps the strides of a tensor."""
+    from torch._inductor import inductor_prims
+
+    op: torch._ops.OpOverload = inductor_prims.force_stride_order
+    return op
 
 
 def is_module_state(value: object) -> bool:

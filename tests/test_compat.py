@@ -344,3 +344,10 @@ def test_the_digest_reads_the_real_folders() -> None:
     root = Path(compat.__file__).resolve().parent
     for name in SHAPING:
         assert (root / name).is_file()
+
+
+def test_forced_strides_are_those_asked_for() -> None:
+    x = torch.randn(3, 8)
+    y = compat.force_strides()(x, [1, 3])
+    assert y.stride() == (1, 3) and torch.equal(y, x)
+    assert compat.force_strides()(x, [8, 1]) is not None and x.stride() == (8, 1)
