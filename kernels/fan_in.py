@@ -11,7 +11,7 @@ from torch import Tensor
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.structures import Diagonal
 
-__all__ = ["DIAGONAL_LINEAR", "FAN_IN_LINEAR", "NM_LINEAR", "bag"]
+__all__ = ["DIAGONAL_LINEAR", "FAN_IN_LINEAR", "NM_LINEAR", "bag", "nm_inputs"]
 
 
 def bag(x: Tensor, values: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,10 +49,15 @@ def fan_in_bag(
 def nm_bag(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Return ``x S^T + bias`` for N:M: position in a group to input."""
+    """Return ``x S^T + bias`` for N:M."""
+    del out_features
+    return bag(x, values.flatten(1), nm_inputs(x, indices), bias)
+
+
+def nm_inputs(x: Tensor, indices: Tensor) -> Tensor:
+    """Return the inputs of N:M, ``(o, k)``, by their positions in a group."""
     starts = torch.arange(0, x.shape[-1], x.shape[-1] // indices.shape[1], device=x.device)
-    inputs = indices.long() + starts[None, :, None]
-    return bag(x, values.flatten(1), inputs.reshape(out_features, -1), bias)
+    return (indices.long() + starts[None, :, None]).flatten(1)
 
 
 def diagonal_bag(

@@ -28,7 +28,7 @@ from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import Split, outline, split
 from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
-from padst_compiler.kernels import CANDIDATES, PORTABLE
+from padst_compiler.kernels import CANDIDATES, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import inference_passes, training_passes
 from padst_compiler.plain import compile_plain
@@ -67,6 +67,7 @@ def padst(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph; found by name as ``torch.compile(model, backend="padst")``."""
     settings, inductor = Settings.parse(options)
+    install()
     inductor = {**compat.mode_options(mode), **inductor}
     lower = _Lower(settings)
     ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key

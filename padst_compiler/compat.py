@@ -242,7 +242,7 @@ def source_digest(extra: str) -> str:
     digest = hashlib.sha256(f"{torch.__version__}|{extra}".encode())
     for folder in (root, *(root / name for name in ("passes", "kernels", "export"))):
         folder = folder.resolve()  # rglob does not follow links, which these three may be
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.h"))):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

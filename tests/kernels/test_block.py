@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +6,7 @@ from torch import Tensor
 
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, PORTABLE, block
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.ops import LINEAR
 from padst_compiler.structures import Block, Diagonal, FanIn, Shape, unit_of
 
 SHAPES = [Shape(64, 16), Shape(16, 64), Shape(32, 32), Shape(8, 8)]
@@ -184,11 +183,3 @@ def test_the_anchor_shapes_run_sparse(shape: Shape, size: int, kept: int) -> Non
 
 def test_a_dense_block_layer_runs_dense() -> None:
     assert winner(CANDIDATES, LINEAR["block"], geometry(kept=24)) == "dense"
-
-
-def test_the_registry_offers_exactly_these() -> None:
-    offered: Callable[[Any], Any] = lambda op: tuple(CANDIDATES[op][:-1])  # noqa: E731
-    assert offered(LINEAR["block"]) == block.LINEAR
-    assert offered(LINEAR_DX["block"]) == block.DX
-    assert offered(LINEAR_DW["block"]) == block.DW
-    assert tuple(PORTABLE[LINEAR["block"]][:-1]) == block.PORTABLE

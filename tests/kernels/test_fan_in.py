@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from padst_compiler.formulation import Formulation, Geometry
-from padst_compiler.kernels import CANDIDATES, PORTABLE, fan_in
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.kernels import fan_in
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
 SHAPES = [Shape(48, 16), Shape(16, 48), Shape(24, 24)]
@@ -109,15 +108,3 @@ def test_there_is_no_cost_where_the_bag_does_not_apply(
 ) -> None:
     for way in ways:
         assert way.cost(geometry(structure, Shape(768, 768), **change)) is None
-
-
-def test_the_registry_offers_exactly_these() -> None:
-    for name, ways in (
-        ("fan_in", fan_in.FAN_IN_LINEAR),
-        ("nm", fan_in.NM_LINEAR),
-        ("diagonal", fan_in.DIAGONAL_LINEAR),
-    ):
-        assert tuple(CANDIDATES[LINEAR[name]][:-1]) == ways
-        assert not CANDIDATES[LINEAR_DX[name]][:-1]
-        assert not CANDIDATES[LINEAR_DW[name]][:-1]
-        assert not PORTABLE[LINEAR[name]][:-1]  # nothing standard beats dense there

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from padst_compiler.compat import inductor_decompositions, trace_aten
+from padst_compiler.ops import LINEAR, LINEAR_DX
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.rewrite import Facts
+from padst_compiler.structures import Block, Shape
 
 permute, inverse = torch.ops.padst.permute, torch.ops.padst.invert
 Rewrite = Callable[..., Any]
@@ -65,6 +67,56 @@ def test_every_map_is_counted_once(rewrite: Rewrite) -> None:
     result = rewrite(LowerMaps(), run, x(3, 8), p=IRREGULAR, q=IRREGULAR)
     assert result.left == [REMAINS, REMAINS]
     assert not {"permute", "invert"} & set(result.after)
+
+
+# -- kernels of ours -------------------------------------------------------------------------------
+
+
+def blocks(width: int = 12) -> dict[str, Tensor]:
+    structure, shape = Block(4), Shape(width, 8)
+    indices = structure.select(x(width, 8), structure.kept(shape, 0.5))
+    return {"v": structure.pack(x(width, 8), indices), "i": indices}
+
+
+THROUGH = "a gather remains, in a kernel of ours"
+OUT = torch.randperm(12)
+
+
+def test_kernels_read_and_write_through_maps(rewrite: Rewrite) -> None:
+    def run(x: Tensor, p: Tensor, q: Tensor, v: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        moved = permute(x, p)
+        y = LINEAR["block"](moved, v, i, None, 12)
+        return permute(y, q).exp(), LINEAR["block"](moved, v, i, None, 12)
+
+    result = rewrite(LowerMaps(), run, x(3, 8), p=IRREGULAR, q=OUT, **blocks())
+    assert sorted(result.after) == ["block_linear_mapped", "block_linear_mapped", "exp"]
+    assert result.left == [THROUGH, THROUGH]
+
+
+def test_gradients_too(rewrite: Rewrite) -> None:
+    def run(x: Tensor, p: Tensor, q: Tensor, v: Tensor, i: Tensor) -> Tensor:
+        y: Tensor = permute(LINEAR_DX["block"](permute(x, p), v, i, 8), q)
+        return y
+
+    result = rewrite(LowerMaps(), run, x(2, 3, 12), p=OUT, q=IRREGULAR, **blocks())
+    assert result.after == ["block_linear_dx_mapped"]
+
+
+@pytest.mark.parametrize("case", ["read", "written", "bias", "twice"])
+def test_a_map_that_kernels_alone_do_not_see_stays_a_gather(rewrite: Rewrite, case: str) -> None:
+    def run(x: Tensor, p: Tensor, v: Tensor, i: Tensor, b: Tensor) -> Any:
+        if case == "written":
+            y = LINEAR["block"](x, v, i, None, 8)
+            return permute(y, p), y.exp()
+        if case == "twice":  # one map is enough for one place
+            return LINEAR["block"](permute(permute(x, p), p), v, i, None, 8)
+        moved = permute(x, p)
+        y = LINEAR["block"](moved, v, i, b if case == "bias" else None, 8)
+        return (y, moved.exp()) if case == "read" else y
+
+    result = rewrite(LowerMaps(), run, x(3, 8), p=IRREGULAR, b=x(8), **blocks(8))
+    assert result.after.count("index_select") == 1
+    assert REMAINS in result.left
 
 
 def test_half_precision_and_symbolic_batches(rewrite: Rewrite) -> None:

@@ -7,6 +7,7 @@ ordinary suite takes one.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -69,7 +70,9 @@ def generated(model: nn.Module, inputs: dict[str, Any]) -> Code:
     for y, target in zip(floats(result), floats(expected), strict=True):
         torch.testing.assert_close(y, target, rtol=1e-4, atol=1e-4)
     code = "\n".join(codes)
-    return Code(code.count("async_compile.cpp_pybinding("), code.count("index out of bounds"))
+    # Calls, not sources: two layers that are alike share one.
+    calls = len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE))
+    return Code(calls, code.count("index out of bounds"))
 
 
 def floats(result: Any) -> list[Tensor]:
@@ -156,12 +159,16 @@ def test_element_wise_readers_leave_no_movement(structure: str) -> None:
 
 @pytest.mark.slow
 def test_feature_major_sites_hand_each_other_their_features_untransposed() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(*(f for _ in range(3) for f in (nn.Linear(64, 64), nn.GELU())))
-    padst.harden(padst.sparsify(net, structure="fan_in", sparsity=0.9)).eval()
-    x = torch.randn(32, 64)
-    with torch.no_grad():
-        fast = torch.compile(net, backend="padst", options={"kernels": "sparse"})
-        y, codes = run_and_get_code(fast, x)
-        torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-4)
-    assert "\n".join(codes).count("transpose_mxn<") == 2  # before the first site, behind the last
+    counts = []
+    for sites in (1, 3):
+        torch.manual_seed(0)
+        # 72 outputs: the kernels that read tokens as they lie need multiples of 16.
+        net = nn.Sequential(*(f for _ in range(sites) for f in (nn.Linear(72, 72), nn.GELU())))
+        padst.harden(padst.sparsify(net, structure="fan_in", sparsity=0.9)).eval()
+        x = torch.randn(32, 72)
+        with torch.no_grad():
+            fast = torch.compile(net, backend="padst", options={"kernels": "sparse"})
+            y, codes = run_and_get_code(fast, x)
+            torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-4)
+        counts.append("\n".join(codes).count("transpose_mxn<"))
+    assert counts[0] == counts[1] > 0  # before the first site, behind the last

@@ -1,0 +1,167 @@
+// Blocks: the sums of a few tokens and a row of blocks stay in registers.
+namespace padst {
+
+// The blocks that some outputs sum over: which of the inputs each reads, and where its weights lie.
+struct Blocks {
+  const int32_t* columns;  // the block of inputs; null for the first one
+  const int32_t* places;   // the block of weights; null for one after the other
+  int64_t count;
+};
+
+// out[r][n] = sum over blocks j and inputs k of
+//   x[r * row + (columns[j] * C + k) * step] * w[(places[j] * C + k) * ldw + n]
+// for R tokens and N outputs. A C of 0 takes the number of inputs from `length`.
+template <int R, int N, int C>
+PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, Blocks blocks,
+                          const float* __restrict w, int64_t ldw, int64_t length,
+                          float* __restrict out) {
+  constexpr int L = lanes(N), V = N / L;
+  // Few sums would each wait for their own last addition: several of each, added in the end.
+  constexpr int U = R * V >= 8 || C == 0 ? 1 : C % (8 / (R * V)) == 0 ? 8 / (R * V) : 1;
+  const int64_t inputs = C == 0 ? length : C;
+  vec<L> sums[U][R][V];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sums[u][r][v] = vec<L>{};
+  for (int64_t j = 0; j < blocks.count; j++) {
+    const float* xs = blocks.columns ? x + blocks.columns[j] * inputs * step : x;
+    const float* ws = w + (blocks.places ? blocks.places[j] : j) * inputs * ldw;
+    for (int64_t k = 0; k < inputs; k += U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; u++) {
+        vec<L> weights[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) weights[v] = load<L>(ws + (k + u) * ldw + v * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const vec<L> value = all<L>(xs[r * row + (k + u) * step]);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) sums[u][r][v] = fma(value, weights[v], sums[u][r][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      vec<L> sum = sums[0][r][v];
+#pragma GCC unroll 8
+      for (int u = 1; u < U; u++) sum += sums[u][r][v];
+      store<L>(out + r * N + v * L, sum);
+    }
+}
+
+// Do as many rows of x as have room, of those that are left; return how many.
+template <int N, int C>
+PADST_INLINE int tile_of(const float* x, int64_t row, int64_t step, Blocks blocks, const float* w,
+                         int64_t ldw, int64_t length, float* out, int64_t left) {
+  constexpr int R = tokens_of(N), H = R > 2 ? R / 2 : 1, Q = H > 2 ? H / 2 : 1;
+  if (left >= R) return sums_of<R, N, C>(x, row, step, blocks, w, ldw, length, out), R;
+  if (left >= H) return sums_of<H, N, C>(x, row, step, blocks, w, ldw, length, out), H;
+  if (left >= Q) return sums_of<Q, N, C>(x, row, step, blocks, w, ldw, length, out), Q;
+  return sums_of<1, N, C>(x, row, step, blocks, w, ldw, length, out), 1;
+}
+
+// The blocks of all groups of outputs: the same number each, or those of group g from starts[g] on.
+struct Layout {
+  const int32_t* columns;
+  const int32_t* places;
+  const int32_t* starts;
+  int64_t kept, groups;
+
+  PADST_INLINE Blocks of(int64_t group) const {
+    if (!starts) return {columns + group * kept, nullptr, kept};
+    return {columns + starts[group], places + starts[group], starts[group + 1] - starts[group]};
+  }
+  PADST_INLINE int64_t first(int64_t group) const { return starts ? 0 : group * kept; }
+};
+
+// The same blocks by block column: what sums over rows of blocks reads.
+class ByColumn {
+ public:
+  ByColumn(const int32_t* indices, int64_t rows, int64_t kept, int64_t columns)
+      : starts_(columns + 1), rows_(rows * kept), places_(rows * kept), columns_(columns) {
+    for (int64_t j = 0; j < rows * kept; j++) starts_[indices[j] + 1]++;
+    for (int64_t c = 0; c < columns; c++) starts_[c + 1] += starts_[c];
+    std::vector<int32_t> next(starts_.begin(), starts_.end() - 1);
+    for (int64_t j = 0; j < rows * kept; j++) {
+      const int32_t at = next[indices[j]]++;
+      rows_[at] = (int32_t)(j / kept);
+      places_[at] = (int32_t)j;
+    }
+  }
+  Layout layout() const {
+    return {rows_.data(), places_.data(), starts_.data(), 0, columns_};
+  }
+
+ private:
+  std::vector<int32_t> starts_, rows_, places_;
+  int64_t columns_;
+};
+
+// Every sum of x (tokens, inputs) and blocks (IN, OUT), N outputs at once. Rows that lie a multiple
+// of a page apart share few lines of the cache: read APART, they have 16 zeros between them.
+// A ROW of 0 is known at run time only: rows are `row` apart.
+template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, typename Store>
+PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_t inputs,
+                             const int64_t* in_map, const float* w, const Layout& layout,
+                             const int64_t* out_map, int threads, const Store& store) {
+  constexpr int PARTS = OUT / N;
+  const auto tile = [&](const float* from, int64_t width, int64_t at, int64_t left,
+                        float* out) __attribute__((always_inline)) {
+    const int64_t group = at / PARTS, inside = at % PARTS * N;
+    const float* weights = w + layout.first(group) * IN * OUT + inside;
+    return tile_of<N, IN>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
+  };
+  all_sums<N, 32, READ, MOVED>(x, row, tokens, inputs, in_map, {0, 16, false},
+                               layout.groups * PARTS, out_map, threads, tile, store);
+}
+
+// The gradient of every block (IN, OUT): sums over tokens of x (tokens, inputs) and grad. A chunk of
+// tokens stays in the cache while all blocks pass by; what a block reads of it is copied together.
+template <int N, int IN, int OUT, typename Store>
+PADST_INLINE void block_gradient(const float* x, int64_t x_row, const float* grad,
+                                 int64_t grad_row, int64_t tokens, const int32_t* columns,
+                                 int64_t rows, int64_t kept, int threads, const Store& store) {
+  constexpr int PARTS = OUT / N;
+  constexpr int64_t CHUNK = 64;
+  const int64_t size = kept * IN * N;  // sums of a part
+  std::vector<float> all(rows * PARTS * size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    alignas(64) float tile[MOST * N];
+    std::vector<float> outputs(CHUNK * N), inputs(CHUNK * IN);
+    for (int64_t first = 0; first < tokens; first += CHUNK) {
+      const int64_t count = std::min(CHUNK, tokens - first);
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < rows * PARTS; part++) {
+        const int64_t block = part / PARTS, inside = part % PARTS * N;
+        const float* const from = grad + first * grad_row + block * OUT + inside;
+        for (int64_t t = 0; t < count; t++)
+          std::memcpy(&outputs[t * N], from + t * grad_row, sizeof(float) * N);
+        float* sums = &all[part * size];
+        for (int64_t slot = 0; slot < kept; slot++) {
+          const float* const block_of_x = x + first * x_row + columns[block * kept + slot] * IN;
+          for (int64_t t = 0; t < count; t++)
+            std::memcpy(&inputs[t * IN], block_of_x + t * x_row, sizeof(float) * IN);
+          for (int64_t k = 0, done; k < IN; k += done, sums += done * N) {
+            done = tile_of<N, 0>(&inputs[k], 1, IN, {nullptr, nullptr, 1}, outputs.data(), N, count,
+                                 tile, IN - k);
+            for (int64_t n = 0; n < done * N; n++) sums[n] += tile[n];
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < rows * PARTS; part++)
+      for (int64_t k = 0; k < kept * IN; k += MOST)
+        store(part / PARTS * kept * IN + k, std::min<int64_t>(MOST, kept * IN - k),
+              part % PARTS * N, &all[part * size + k * N]);
+  }
+}
+
+}  // namespace padst

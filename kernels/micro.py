@@ -1,0 +1,114 @@
+"""What every C++ kernel of sums shares: the body around its call, chunks, copies and maps.
+
+A kernel computes tiles of ``N`` outputs; Inductor generates what follows on them. ``x`` is read as
+it lies, from a copy that is laid out apart, or through ``in_map``; outputs may be stored through
+``out_map``. See ``sums.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from padst_compiler import cpp_templates as cpp
+from padst_compiler.formulation import Geometry
+
+__all__ = ["ALONE", "BODY", "fits", "source", "sums", "width"]
+
+ALONE = 1_500_000  # multiplications that one thread does faster than others wake up
+PAGE = 1024  # numbers
+
+BODY = """
+extern "C" {{export}}
+{{kernel.def_kernel(inputs=inputs, outputs={"Y": result}, aliases=aliases)}}
+{
+    {{kernel.maybe_codegen_profile()}}
+    {%- set unused = kernel.define_stack_allocated_buffer("tile", [ROWS, N]) %}
+    {%- set here = [("m_start", "m_start + rows"), ("n_start", "n_start + " ~ N)] %}
+    {%- set to = kernel.slice_nd(flat, here) %}
+    {%- set of = kernel.slice_nd(kernel.local_buffers["tile"], [("0", "rows"), ("0", N)]) %}
+    const auto store = [&](int64_t m_start, int64_t rows, int64_t n_start, float* tile) {
+        {{kernel.store_output(to, of, made, nodes, offsets=("m_start", "n_start"), reindexers=reindexers)|indent(8, false)}}
+    };
+    const int64_t tokens = {{kernel.size(X, 0)}}, row = {{kernel.stride(X, 0)}};
+    const int threads = tokens * {{WEIGHTS}} > {{ALONE}} ? {{threads}} : 1;
+    {%- for map, features in CHECKED %}
+    padst::check_map({{map}}, {{kernel.size(inputs[map], 0)}}, {{features}});
+    {%- endfor %}
+    {%- set in_map = "IN_MAP" if IN_MAP is defined else "nullptr" %}
+    {%- set out_map = "OUT_MAP" if OUT_MAP is defined else "nullptr" %}
+CALL
+}
+"""  # noqa: E501 - the generator's own lines
+
+
+@cache
+def source(call: str, *headers: str) -> str:
+    """Return a kernel that makes this call, with the headers that it needs."""
+    here = Path(__file__).resolve().parent
+    texts = [(here / name).read_text("utf-8") for name in ("vectors.h", "sums.h", *headers)]
+    return "\n".join(["{{template.header().getvalue()}}", *texts, BODY.replace("CALL", call)])
+
+
+def width(outputs: int, most: int = 64) -> int:
+    """Return how many outputs are done at once; 0 where vectors do not tile them."""
+    return next((n for n in (64, 48, 32, 16, 8, 4) if n <= most and outputs % n == 0), 0)
+
+
+def fits(geometry: Geometry) -> bool:
+    """Whether the kernels are made for this type and device."""
+    return geometry.device == "cpu" and geometry.dtype is torch.float32
+
+
+def sums(
+    name: str,
+    text: str,
+    x: Any,
+    tensors: Mapping[str, Any],
+    maps: Sequence[Any],
+    outputs: int,
+    numbers: Mapping[str, Any],
+    *,
+    apart: bool,
+) -> Any:
+    """Return what a kernel of sums computes, or None where it does not take these arguments.
+
+    Args:
+        name: in generated code.
+        text: of the kernel.
+        x: ``(..., features)``, any strides.
+        tensors: what else the kernel reads, by the names that the call uses.
+        maps: of inputs and outputs, each may be None.
+        outputs: of the kernel.
+        numbers: what else the text names: ``N`` and ``WEIGHTS``, the number of weights, at least.
+        apart: whether the kernel needs something around every row of x.
+    """
+    if x.get_device().type != "cpu" or x.get_dtype() is not torch.float32:
+        return None
+    given = {key: m for key, m in zip(("IN_MAP", "OUT_MAP"), maps, strict=True) if m is not None}
+    if any(table.get_dtype() is not torch.int64 for table in given.values()):
+        return None
+    shape = x.get_size()
+    (features,) = cpp.numbers([shape[-1]])
+    if "OUT_MAP" in given and cpp.numbers(given["OUT_MAP"].get_size()) != [outputs]:
+        return None
+    (inputs,) = cpp.numbers(given["IN_MAP"].get_size() if "IN_MAP" in given else [features])
+    read = "THROUGH" if "IN_MAP" in given else "APART" if apart or inputs % PAGE == 0 else "HERE"
+    flat = cpp.view(x, [-1, features])
+    limits = {"IN_MAP": features, "OUT_MAP": outputs}
+    values = {
+        "I": inputs,
+        "O": outputs,
+        "READ": f"padst::Read::{read}",
+        "MOVED": str("OUT_MAP" in given).lower(),
+        "CHECKED": [(key, limits[key]) for key in given],
+        "ROWS": 16,
+        "ALONE": ALONE,
+        **numbers,
+    }
+    y = cpp.run(name, text, {"X": flat, **tensors, **given}, (flat.get_size()[0], outputs), values)
+    return cpp.view(y, [*shape[:-1], outputs])

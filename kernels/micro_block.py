@@ -1,0 +1,208 @@
+"""Block kernels in C++: sums in registers, block columns read in place, nothing gathered.
+
+The operators themselves stay in the graph and Inductor lowers them by ``LOWERINGS``: the storage
+``(o/r, k, c, r)`` is what the kernel reads, the outputs of a block side by side. fp32 on a CPU.
+
+========  =========================================================================================
+linear    sums of a few tokens and a row of blocks over its blocks
+dx        the same over the blocks of a block column, which are listed first; weights transposed
+dw        sums of a few inputs and a block's outputs over tokens, its gradients side by side
+========  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padst_compiler import cpp_templates as cpp
+from padst_compiler.formulation import Formulation, Geometry, gemm, moved
+from padst_compiler.kernels.micro import ALONE, fits, source, sums, width
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
+from padst_compiler.structures import Block
+
+__all__ = ["DW_FORM", "DX_FORM", "LINEAR_FORM", "LOWERINGS"]
+
+ROW = """
+    {%- set stride = X.get_stride()[0]|string %}
+    {%- set ROW = I + 16 if not READ.endswith("HERE") else stride if stride.isdigit() else 0 %}"""
+LINEAR_CALL = (
+    ROW
+    + """
+    const padst::Layout blocks{INDICES, nullptr, nullptr, {{KEPT}}, {{GROUPS}}};
+    padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
+        X, row, tokens, {{I}}, {{in_map}}, W, blocks, {{out_map}}, threads, store);
+"""
+)
+DX_CALL = (
+    ROW
+    + """
+    const padst::ByColumn by_column(INDICES, {{COUNT // KEPT}}, {{KEPT}}, {{GROUPS}});
+    padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
+        X, row, tokens, {{I}}, {{in_map}}, W, by_column.layout(), {{out_map}}, threads, store);
+"""
+)
+DW_CALL = """
+    padst::block_gradient<{{N}}, {{IN}}, {{OUT}}>(
+        X, row, G, {{kernel.stride(G, 0)}}, tokens, INDICES, {{GROUPS}}, {{KEPT}}, threads, store);
+"""
+
+
+# -- formulations ----------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return ``x S^T + bias``; the operator stays, and the bias is what follows it."""
+    y: Tensor = LINEAR["block"](x, values, indices, None, out_features)
+    return y if bias is None else y + bias
+
+
+def dx(grad: Tensor, values: Tensor, indices: Tensor, in_features: int) -> Tensor:
+    """Return ``grad S``: the operator stays."""
+    result: Tensor = LINEAR_DX["block"](grad, values, indices, in_features)
+    return result
+
+
+def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
+    """Return the gradient of the kept blocks: the operator stays."""
+    result: Tensor = LINEAR_DW["block"](grad, x, indices, unit)
+    return result
+
+
+# Shares of the rate of a dense product: 1 thread, AVX-512, 90 %, 197 and 1576 tokens.
+LINEAR_RATE, DX_RATE, DW_RATE, FAR_DW_RATE = 0.45, 0.35, 0.22, 0.11
+NEAR = 512  # tokens whose inputs and gradients stay in the cache
+
+
+def _product(g: Geometry, outputs: int, inputs: int, rate: float) -> float | None:
+    tiled = isinstance(g.structure, Block) and g.structure.balanced and width(outputs)
+    if not tiled or not fits(g):
+        return None
+    narrow = {4: 0.25, 8: 0.5}.get(math.gcd(outputs, 16), 1.0)
+    return gemm(g.tokens, inputs, outputs, g.nnz // (inputs * outputs), rate * narrow)
+
+
+def _linear_cost(g: Geometry) -> float | None:
+    assert isinstance(g.structure, Block)
+    return _product(g, *g.structure.sides, rate=LINEAR_RATE)
+
+
+def _dx_cost(g: Geometry) -> float | None:
+    assert isinstance(g.structure, Block)
+    rows, columns = g.structure.sides
+    cost = _product(g, columns, rows, rate=DX_RATE)
+    return None if cost is None else cost + moved(g.nnz, g.item)  # the weights are turned
+
+
+def _dw_cost(g: Geometry) -> float | None:
+    assert isinstance(g.structure, Block)
+    rate = DW_RATE if g.tokens <= NEAR or g.structure.sides[0] >= 64 else FAR_DW_RATE
+    return _product(g, *g.structure.sides, rate=rate)
+
+
+LINEAR_FORM = Formulation("micro_kernel", linear, _linear_cost)
+DX_FORM = Formulation("micro_kernel", dx, _dx_cost)
+DW_FORM = Formulation("micro_kernel", dw, _dw_cost)
+
+
+# -- lowerings -------------------------------------------------------------------------------------
+
+
+def lower_linear(x: Any, values: Any, indices: Any, bias: Any, out_features: Any) -> Any:
+    """Lower ``padst::block_linear``; what the kernel does not do calls the operator."""
+    y = None if bias is not None else _linear(x, values, indices, out_features, None, None)
+    return y or cpp.fallback(LINEAR["block"], x, values, indices, bias, out_features)
+
+
+def lower_dx(grad: Any, values: Any, indices: Any, in_features: Any) -> Any:
+    """Lower ``padst::block_linear_dx``; what the kernel does not do calls the operator."""
+    y = _dx(grad, values, indices, in_features, None, None)
+    return y or cpp.fallback(LINEAR_DX["block"], grad, values, indices, in_features)
+
+
+def lower_linear_mapped(x: Any, *rest: Any) -> Any:
+    """Lower ``padst::block_linear_mapped``; what the kernel does not do calls the operator."""
+    return _linear(x, *rest) or cpp.fallback(MAPPED[LINEAR["block"]], x, *rest)
+
+
+def lower_dx_mapped(grad: Any, *rest: Any) -> Any:
+    """Lower ``padst::block_linear_dx_mapped``; what the kernel does not do calls the operator."""
+    return _dx(grad, *rest) or cpp.fallback(MAPPED[LINEAR_DX["block"]], grad, *rest)
+
+
+def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
+    """Lower ``padst::block_linear_dw``; what the kernel does not do calls the operator."""
+    blocks = _blocks(grad, indices, [*indices.get_size(), *unit], grad.get_size()[-1])
+    if blocks is None or not width(blocks["R"]):
+        return cpp.fallback(LINEAR_DW["block"], grad, x, indices, unit)
+    rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
+    numbers = {
+        "GROUPS": rows,
+        "KEPT": kept,
+        "IN": c,
+        "OUT": r,
+        "N": width(r),
+        "WEIGHTS": rows * kept * c * r,
+        "ROWS": 16,
+        "ALONE": ALONE,
+        "CHECKED": [],
+    }
+    flat = {name: cpp.view(t, [-1, t.get_size()[-1]]) for name, t in (("X", x), ("G", grad))} | {
+        "INDICES": indices
+    }
+    text = source(DW_CALL, "block.h")
+    y = cpp.run("padst_block_dw", text, flat, (rows * kept * c, r), numbers)
+    return cpp.view(y, [rows, kept, c, r])
+
+
+def _blocks(x: Any, indices: Any, sizes: Sequence[Any], out_features: Any) -> dict[str, int] | None:
+    """Return the numbers of a balanced layer of blocks, or None where the kernels do not apply."""
+    if x.get_device().type != "cpu" or x.get_dtype() is not torch.float32:
+        return None
+    if indices.get_dtype() is not torch.int32 or not cpp.are_numbers([*sizes, out_features]):
+        return None
+    rows, kept, c, r, total = cpp.numbers([*sizes, out_features])
+    if rows * r != total:  # free blocks: one group of all
+        return None
+    return {"ROWS": rows, "KEPT": kept, "C": c, "R": r}
+
+
+def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: Any) -> Any:
+    blocks = _blocks(x, indices, values.get_size(), out)
+    if blocks is None or not width(blocks["R"]):
+        return None
+    rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": width(r)}
+    numbers["WEIGHTS"] = rows * kept * c * r
+    tensors = {"W": values, "INDICES": indices}
+    text, maps = source(LINEAR_CALL, "block.h"), (in_map, out_map)
+    return sums("padst_block", text, x, tensors, maps, rows * r, numbers, apart=False)
+
+
+def _dx(grad: Any, values: Any, indices: Any, in_features: Any, in_map: Any, out_map: Any) -> Any:
+    wide = grad if in_map is None else in_map
+    blocks = _blocks(grad, indices, values.get_size(), wide.get_size()[-1])
+    if blocks is None or not width(blocks["C"]):
+        return None
+    rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
+    (inputs,) = cpp.numbers([in_features])
+    numbers = {"GROUPS": inputs // c, "COUNT": rows * kept, "KEPT": kept, "IN": r, "OUT": c}
+    numbers |= {"N": width(c), "WEIGHTS": rows * kept * c * r}
+    tensors = {"W": cpp.transposed(values), "INDICES": indices}
+    text, maps = source(DX_CALL, "block.h"), (in_map, out_map)
+    return sums("padst_block_dx", text, grad, tensors, maps, inputs, numbers, apart=False)
+
+
+LOWERINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    LINEAR["block"]: lower_linear,
+    LINEAR_DX["block"]: lower_dx,
+    LINEAR_DW["block"]: lower_dw,
+    MAPPED[LINEAR["block"]]: lower_linear_mapped,
+    MAPPED[LINEAR_DX["block"]]: lower_dx_mapped,
+}

@@ -1,0 +1,61 @@
+"""The registry: for every operator the ways to run it.
+
+``CANDIDATES`` names, for every structured operator, the ways to run it; the dense one comes last.
+``PORTABLE`` is the same for graphs that leave as ONNX: standard operators, costs of onnxruntime.
+"""
+
+from functools import cache
+
+from padst_compiler import cpp_templates
+from padst_compiler.formulation import Candidates
+from padst_compiler.kernels import (
+    block,
+    fan_in,
+    micro_block,
+    micro_diagonal,
+    micro_features,
+    micro_select,
+)
+from padst_compiler.kernels.dense import dense
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.structures import STRUCTURES
+
+__all__ = ["CANDIDATES", "PORTABLE", "install"]
+
+_SPARSE = {
+    LINEAR["block"]: (micro_block.LINEAR_FORM, *block.LINEAR),
+    LINEAR_DX["block"]: (micro_block.DX_FORM, *block.DX),
+    LINEAR_DW["block"]: (micro_block.DW_FORM, *block.DW),
+    LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM, *fan_in.NM_LINEAR),
+    LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM, *fan_in.DIAGONAL_LINEAR),
+    LINEAR_DX["diagonal"]: (micro_diagonal.DX_FORM,),
+    LINEAR["fan_in"]: (
+        micro_select.FAN_IN_FORM,
+        micro_features.FAN_IN_FORM,
+        *fan_in.FAN_IN_LINEAR,
+    ),
+}
+
+
+def _with_dense(sparse: Candidates) -> Candidates:
+    return {
+        op: (*sparse.get(op, ()), fallback)
+        for kind in STRUCTURES
+        for op, fallback in zip(
+            (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]),
+            dense(kind),
+            strict=True,
+        )
+    }
+
+
+CANDIDATES: Candidates = _with_dense(_SPARSE)
+PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
+
+
+@cache
+def install() -> None:
+    """Let Inductor lower the operators that kernels run; once in a process."""
+    for kernels in (micro_block, micro_diagonal, micro_features, micro_select):
+        for op, lowering in kernels.LOWERINGS.items():
+            cpp_templates.lower(op, lowering)

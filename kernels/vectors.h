@@ -1,0 +1,50 @@
+// Vectors of floats in the compiler's own notation: AVX-512, AVX2 and anything narrower.
+#include <cstdint>
+#include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#define PADST_INLINE inline __attribute__((always_inline))
+
+namespace padst {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+
+template <int N> struct Vector {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+template <int N> using vec = typename Vector<N>::type;
+
+// The widest vector that tiles n numbers.
+constexpr int lanes(int n, int most = LANES) { return n % most == 0 ? most : lanes(n, most / 2); }
+
+template <int N> PADST_INLINE vec<N> load(const float* p) {
+  vec<N> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <int N> PADST_INLINE void store(float* p, vec<N> v) { std::memcpy(p, &v, sizeof v); }
+template <int N> PADST_INLINE vec<N> all(float x) { return x - vec<N>{}; }
+
+// a * b + c, rounded once: the compiler is told not to contract products and sums by itself.
+template <typename V> PADST_INLINE V fma(V a, V b, V c) { return a * b + c; }
+#if defined(__FMA__)
+template <> PADST_INLINE vec<4> fma(vec<4> a, vec<4> b, vec<4> c) { return _mm_fmadd_ps(a, b, c); }
+template <> PADST_INLINE vec<8> fma(vec<8> a, vec<8> b, vec<8> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+#endif
+#if defined(__AVX512F__)
+template <> PADST_INLINE vec<16> fma(vec<16> a, vec<16> b, vec<16> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+#endif
+
+}  // namespace padst

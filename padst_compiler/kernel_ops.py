@@ -1,0 +1,126 @@
+"""Operators that kernels run: storage laid out for them, and maps that they read and write through.
+
+================================================  ===============================================
+``gathered_sums(x, weights, inputs, in_map,       ``y[t, o] = sum_k weights[o, k] *
+out_map)``                                        x[t, inputs[o, k]]``
+``picked_sums(x, weights, places, groups,         slot k of output n picks input ``places`` of its
+in_map, out_map)``                                group of inputs; ``(o/n, slots, n)`` both
+``diagonal_sums(x, weights, places, starts,       crossing j adds ``weights[j] * x[places[j]:][:n]``
+width, in_map, out_map)``                         to the n outputs of its tile. Tiles begin at
+                                                  ``starts``, and x has n zeros on either side;
+                                                  or, without, tiles are alike and x wraps around
+================================================  ===============================================
+
+Formulations put them into a graph in the place of structured operators; none has a gradient. Here
+each is plain PyTorch, on any device: what runs where no kernel does, and the truth for ``verify``.
+
+Example:
+    >>> x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    >>> weights, places = torch.ones(1, 2, 3), torch.tensor([[[0, 1, 1], [1, 0, 1]]])
+    >>> torch.ops.padst.picked_sums(x, weights, places, 2, None, None).tolist()
+    [[5.0, 5.0, 6.0]]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from padst_compiler.ops import MAPPED
+
+__all__ = ["DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "PICKED_SUMS"]
+
+
+def _moved(x: Tensor, table: Tensor | None) -> Tensor:
+    return x if table is None else x.index_select(-1, table)
+
+
+def _picked_sums(
+    x: Tensor,
+    weights: Tensor,
+    places: Tensor,
+    groups: int,
+    in_map: Tensor | None,
+    out_map: Tensor | None,
+) -> Tensor:
+    x = _moved(x, in_map)
+    weights, columns = (t.transpose(1, 2).flatten(0, 1) for t in (weights, places.long()))
+    slots, inputs = weights.shape[1], x.shape[-1]
+    columns = columns + torch.arange(slots, device=x.device) // (slots // groups) * (
+        inputs // groups
+    )
+    dense = weights.new_zeros(weights.shape[0], inputs).scatter_add_(1, columns, weights)
+    return _moved(x @ dense.t(), out_map)
+
+
+def _diagonal_sums(
+    x: Tensor,
+    weights: Tensor,
+    places: Tensor,
+    starts: Tensor | None,
+    width: int,
+    in_map: Tensor | None,
+    out_map: Tensor | None,
+) -> Tensor:
+    x = _moved(x, in_map)
+    count, n = weights.shape
+    tiles, inputs = width // n, x.shape[-1]
+    along, each = torch.arange(n, device=x.device), torch.arange(count, device=x.device)
+    if starts is None:
+        tile = each // (count // tiles)
+    else:
+        tile = torch.searchsorted(starts, each, right=True) - 1
+    rows = tile[:, None] * n + along
+    columns = places.long()[:, None] + along
+    if starts is not None:
+        around = inputs + 2 * n
+        x = torch.nn.functional.pad(x, (n, n))
+    else:
+        around, columns = inputs, columns % inputs
+    dense = weights.new_zeros(tiles * n * around)
+    dense.scatter_add_(0, (rows * around + columns).flatten(), weights.flatten())
+    return _moved(x @ dense.view(tiles * n, around).t(), out_map)
+
+
+def _gathered_sums(
+    x: Tensor, weights: Tensor, inputs: Tensor, in_map: Tensor | None, out_map: Tensor | None
+) -> Tensor:
+    x = _moved(x, in_map)
+    dense = weights.new_zeros(weights.shape[0], x.shape[-1])
+    return _moved(x @ dense.scatter_add_(1, inputs.long(), weights).t(), out_map)
+
+
+def _fake(x: Tensor, outputs: int, out_map: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs if out_map is None else out_map.shape[0]))
+
+
+torch.library.custom_op(
+    "padst::picked_sums",
+    _picked_sums,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor places, SymInt groups, Tensor? in_map, "
+    "Tensor? out_map) -> Tensor",
+).register_fake(
+    lambda x, w, places, groups, in_map, out_map: _fake(x, w.shape[0] * w.shape[2], out_map)
+)
+torch.library.custom_op(
+    "padst::diagonal_sums",
+    _diagonal_sums,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor places, Tensor? starts, SymInt width, "
+    "Tensor? in_map, Tensor? out_map) -> Tensor",
+).register_fake(lambda x, w, places, starts, width, in_map, out_map: _fake(x, width, out_map))
+torch.library.custom_op(
+    "padst::gathered_sums",
+    _gathered_sums,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor inputs, Tensor? in_map, Tensor? out_map) -> Tensor",
+).register_fake(lambda x, w, inputs, in_map, out_map: _fake(x, w.shape[0], out_map))
+
+GATHERED_SUMS = torch.ops.padst.gathered_sums.default
+PICKED_SUMS = torch.ops.padst.picked_sums.default
+DIAGONAL_SUMS = torch.ops.padst.diagonal_sums.default
+
+IN_MAP: dict[torch._ops.OpOverload, int] = dict.fromkeys(MAPPED.values(), 4)
+"""The place of ``in_map`` among an operator's arguments; that of ``out_map`` is the next."""
+IN_MAP |= {GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}

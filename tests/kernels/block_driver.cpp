@@ -1,0 +1,73 @@
+// Runs the block kernels on cases from standard input: numbers first, then x, weights (or the
+// gradient), block columns and maps; writes the results to standard output.
+#include <cstdio>
+#include <cstdlib>
+
+using namespace padst;
+
+enum Kind : int32_t { LINEAR, DX, DW };
+
+struct Case {
+  int32_t kind, out, in, tokens, groups, kept, columns, row, read, features, moved, threads;
+};
+
+template <typename T> static std::vector<T> take(size_t count) {
+  std::vector<T> data(count);  // as long as it should be: a sanitizer sees a read behind its end
+  if (std::fread(data.data(), sizeof(T), count, stdin) != count) std::exit(3);
+  return data;
+}
+
+constexpr int width(int n) { return n % 64 == 0 ? 64 : n % 48 == 0 ? 48 : n % 32 == 0 ? 32 :
+                                    n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
+
+template <int OUT, int IN> static void run(const Case& c) {
+  constexpr int N = width(OUT);
+  const bool dx = c.kind == DX, dw = c.kind == DW;
+  // `groups` and `columns` are the rows and columns of blocks of the layer; dx swaps their roles.
+  const int64_t rows = c.groups, wide = dx ? rows * IN : c.columns * (int64_t)IN;
+  const int64_t results = dx ? c.columns * (int64_t)OUT : rows * OUT;
+  const auto x = take<float>((size_t)(c.tokens - 1) * c.row + c.features);
+  const auto w = take<float>(dw ? (size_t)c.tokens * results : (size_t)rows * c.kept * OUT * IN);
+  const auto indices = take<int32_t>((size_t)rows * c.kept);
+  const int64_t across = dw ? OUT : results;
+  std::vector<float> y(dw ? (size_t)rows * c.kept * IN * OUT : (size_t)c.tokens * results);
+  const auto store = [&](int64_t m, int64_t count, int64_t n, const float* tile) {
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t v = 0; v < N; v++) y.at((m + r) * across + n + v) += tile[r * N + v];
+  };
+  if (dw) {
+    block_gradient<N, IN, OUT>(x.data(), c.row, w.data(), results, c.tokens, indices.data(), rows,
+                               c.kept, c.threads, store);
+  } else {
+    const ByColumn by(indices.data(), rows, c.kept, dx ? c.columns : 1 << 20);
+    const Layout layout =
+        dx ? by.layout() : Layout{indices.data(), nullptr, nullptr, c.kept, rows};
+    const auto map = take<int64_t>(c.read == (int)Read::THROUGH ? wide : 0);
+    check_map(map.data(), (int64_t)map.size(), c.features);
+    const auto to = take<int64_t>(c.moved ? results : 0);
+    check_map(to.data(), (int64_t)to.size(), results);
+    const auto sums = [&](auto read, auto moved) {
+      block_sums<N, IN, OUT, 0, decltype(read)::value, decltype(moved)::value>(
+          x.data(), c.row, c.tokens, wide, map.data(), w.data(), layout, to.data(), c.threads, store);
+    };
+    const auto reads = [&](auto read) {
+      if (c.moved) sums(read, std::true_type()); else sums(read, std::false_type());
+    };
+    if (c.read == (int)Read::HERE) reads(std::integral_constant<Read, Read::HERE>());
+    if (c.read == (int)Read::APART) reads(std::integral_constant<Read, Read::APART>());
+    if (c.read == (int)Read::THROUGH) reads(std::integral_constant<Read, Read::THROUGH>());
+  }
+  std::fwrite(y.data(), sizeof(float), y.size(), stdout);
+}
+
+int main() {
+  Case c;
+  while (std::fread(&c, sizeof c, 1, stdin) == 1) {
+    switch (c.out * 1000 + c.in) {
+#define SIDES(OUT, IN) case OUT * 1000 + IN: run<OUT, IN>(c); break;
+      ALL_SIDES
+      default: return 2;
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,150 @@
+"""The C++ block kernels alone: random shapes against float64, sanitizers, narrow vectors."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent.parent / "kernels"
+SIDES = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (16, 8), (8, 24), (48, 12)]
+SIDES += [(columns, rows) for rows, columns in SIDES if rows != columns]
+KINDS = ("linear", "dx", "dw")
+THROUGH = 2  # a map
+BUILDS = {
+    "native": ["-O3", "-march=native"],
+    "avx2": ["-O3", "-mavx2", "-mfma"],
+    "portable": ["-O2"],
+    "sanitized": ["-O1", "-g", "-march=native", "-fsanitize=address,undefined"],
+}
+Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what compiles the driver in one of the ways, once each."""
+    folder = tmp_path_factory.mktemp("block")
+    done: dict[str, Path] = {}
+
+    def build(name: str) -> Path:
+        if name not in done:
+            cases = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
+            parts = [(KERNELS / n).read_text("utf-8") for n in ("vectors.h", "sums.h", "block.h")]
+            parts += [f"#define ALL_SIDES {cases}", (HERE / "block_driver.cpp").read_text("utf-8")]
+            source, program = folder / f"{name}.cpp", folder / name
+            source.write_text("\n".join(parts), "utf-8")
+            flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
+            # fast-math without its ban on infinities, as Inductor compiles
+            flags += ["-fno-finite-math-only", *BUILDS[name]]
+            compiler = shutil.which("g++")
+            assert compiler is not None
+            subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+            done[name] = program
+        return done[name]
+
+    return build
+
+
+class Problem:
+    """One random call of a kernel, and what float64 says of it."""
+
+    def __init__(self, rng: np.random.Generator, kind: str, threads: int = 1) -> None:
+        self.kind = kind
+        r, c = SIDES[rng.integers(len(SIDES))]
+        rows, columns = (int(n) for n in rng.integers(1, 6, 2))
+        kept = int(rng.integers(0 if kind == "linear" else 1, columns + 1))
+        tokens = int(rng.integers(1, 90))
+        read = 0 if kind == "dw" else int(rng.integers(3))
+        i, o = columns * c, rows * r
+        wide = o if kind == "dx" else i
+        features = int(rng.integers(1, 2 * wide)) if read == THROUGH else wide
+        row = features + int(rng.integers(0, 20))
+        memory = rng.standard_normal((tokens - 1) * row + features).astype(np.float32)
+        x = np.lib.stride_tricks.as_strided(memory, (tokens, features), (4 * row, 4))
+        x = x.astype(np.float64)
+        through = rng.integers(0, features, wide)
+        moved = kind != "dw" and bool(rng.integers(2))
+        x = x[:, through] if read == THROUGH else x
+        indices = np.stack([rng.permutation(columns)[:kept] for _ in range(rows)])
+        indices = indices.reshape(rows, kept).astype(np.int32)
+        values = rng.standard_normal((rows, kept, c, r)).astype(np.float32)
+        other = rng.standard_normal((tokens, o)).astype(np.float32)
+        dense = np.zeros((o, i))
+        self.expected = np.zeros((rows, kept, c, r))
+        for at in range(rows):
+            for slot, column in enumerate(indices[at]):
+                here = np.s_[at * r : (at + 1) * r], np.s_[column * c : (column + 1) * c]
+                dense[here] = values[at, slot].T
+                if kind == "dw":
+                    gradient = other.astype(np.float64).T @ x
+                    self.expected[at, slot] = gradient[here].T
+        weights: Array = values
+        out, inner = r, c
+        if kind == "linear":
+            self.expected = x @ dense.T
+        elif kind == "dx":
+            self.expected = x @ dense
+            weights, out, inner = np.ascontiguousarray(values.swapaxes(2, 3)), c, r
+        else:
+            weights = other
+        numbers = (KINDS.index(kind), out, inner, tokens, rows, kept, columns, row, read, features)
+        self.bytes = struct.pack("12i", *map(int, numbers), moved, threads) + memory.tobytes()
+        self.bytes += weights.tobytes() + indices.tobytes()
+        self.bytes += through.tobytes() if read == THROUGH else b""
+        if moved:
+            to = rng.permutation(self.expected.shape[1])
+            self.bytes += to.tobytes()
+            self.expected = self.expected[:, to]
+
+
+def run(program: Path, problems: list[Problem]) -> list[Array]:
+    """Return what the driver computes for each problem."""
+    done = subprocess.run(
+        [str(program)], input=b"".join(p.bytes for p in problems), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    flat = np.frombuffer(done.stdout, np.float32)
+    sizes = np.cumsum([p.expected.size for p in problems])
+    assert len(flat) == sizes[-1]
+    parts = np.split(flat, sizes[:-1])
+    return [part.reshape(p.expected.shape) for part, p in zip(parts, problems, strict=True)]
+
+
+def assert_right(program: Path, kind: str, count: int) -> None:
+    rng = np.random.default_rng(0)
+    problems = [Problem(rng, kind) for _ in range(count)]
+    for problem, y in zip(problems, run(program, problems), strict=True):
+        scale = max(1.0, float(np.abs(problem.expected).max(initial=0.0)))
+        np.testing.assert_allclose(y, problem.expected, rtol=0.0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_hundred_random_shapes_agree_with_float64(
+    built: Callable[[str], Path], kind: str
+) -> None:
+    assert_right(built("native"), kind, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("build", ["avx2", "portable", "sanitized"])
+def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
+    assert_right(built(build), kind, 150)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_threads_changes_no_bit(built: Callable[[str], Path], kind: str) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        rng = np.random.default_rng(1)
+        results.append(run(built("native"), [Problem(rng, kind, threads) for _ in range(40)]))
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one, other)

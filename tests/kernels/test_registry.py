@@ -1,0 +1,52 @@
+import torch
+
+from padst_compiler.kernel_ops import IN_MAP
+from padst_compiler.kernels import (
+    CANDIDATES,
+    PORTABLE,
+    install,
+    micro_block,
+    micro_diagonal,
+    micro_features,
+    micro_select,
+)
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.structures import STRUCTURES
+
+OFFERED = {
+    "block_linear": "micro_kernel bmm_token_major bmm_feature_major",
+    "block_linear_dx": "micro_kernel bmm_scatter",
+    "block_linear_dw": "micro_kernel bmm",
+    "nm_linear": "micro_kernel feature_kernel embedding_bag",
+    "diagonal_linear": "micro_kernel embedding_bag",
+    "diagonal_linear_dx": "micro_kernel",
+    "fan_in_linear": "micro_kernel feature_kernel embedding_bag",
+}
+
+
+def test_every_operator_has_the_formulations_that_were_timed_and_dense_last() -> None:
+    for ops in (LINEAR, LINEAR_DX, LINEAR_DW):
+        for kind in STRUCTURES:
+            op = ops[kind.name]
+            *sparse, dense = [way.name for way in CANDIDATES[op]]
+            assert sparse == OFFERED.get(op.name().removeprefix("padst::"), "").split()
+            assert dense == "dense"
+
+
+def test_what_leaves_as_onnx_is_standard_operators() -> None:
+    for op, ways in PORTABLE.items():
+        names = [way.name for way in ways]
+        assert names == (["gather_matmul"] if op is LINEAR["block"] else []) + ["dense"]
+
+
+def test_inductor_lowers_every_operator_that_takes_maps_and_has_a_kernel() -> None:
+    from torch._inductor.lowering import lowerings
+
+    install()
+    kernels = (micro_block, micro_diagonal, micro_features, micro_select)
+    known = {op for module in kernels for op in module.LOWERINGS}
+    assert known <= set(lowerings)
+    for op in IN_MAP:
+        made_for = op.name().removeprefix("padst::").startswith("block") or "sums" in op.name()
+        assert (op in known) is made_for
+    assert torch.ops.padst.permute.default not in known
