@@ -27,8 +27,8 @@ check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## time sparse layers against dense ones
-	@$(BIN)/python benchmarks/mlp.py $(ARGS)
+bench: $(INSTALLED) ## time single layers against every peer (ARGS="--tokens 197 --threads 1")
+	@$(BIN)/padst bench cpu $(ARGS)
 
 clean: ## remove .venv, caches and built files
 	rm -rf .venv build dist *.egg-info padst-demo .coverage htmlcov

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import padst_compiler as padst
 from padst_compiler.explanation import Explanation
-from padst_compiler.export.onnx import quiet
+from padst_compiler.layer_benchmark import in_onnxruntime
 from padst_compiler.measure import Timing, machine, paired, ratio
 from padst_compiler.text import table
 
@@ -46,26 +45,6 @@ def mlp(width: int, hidden: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)).eval()
-
-
-def onnxruntime_dense(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
-    """Return a call of the dense model in onnxruntime, or None without it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    buffer = io.BytesIO()
-    with quiet():
-        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    buffer.write(program.model_proto.SerializeToString())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        buffer.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
 
 
 def row(
@@ -115,7 +94,7 @@ def inference(structure: str, tokens: int, sparsity: float) -> list[str]:
         "inductor": lambda: inductor(x),
         "padst": lambda: compiled(x),
     }
-    ort = onnxruntime_dense(dense, x)
+    ort = in_onnxruntime(dense, x)
     if ort is not None:
         contestants["ort"] = ort
     with torch.no_grad():

@@ -95,10 +95,23 @@ def _add_demo(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     text = "time a model: dense against sparse, both compiled, side by side"
-    example = "padst bench my_models.py:MODEL --structure block:32 --sparsity 0.9"
+    example = (
+        "padst bench my_models.py:MODEL --structure block:32 --sparsity 0.9\n"
+        "    padst bench cpu --tokens 1 197 --csv layers.csv     (single layers, every peer)"
+    )
     parser = _command(commands, "bench", _bench, text, example)
     _add_sparsity(parser)
     parser.add_argument("--rounds", type=int, default=11, help="paired rounds (default 11)")
+    grid = parser.add_argument_group("bench cpu")
+    grid.add_argument("--layers", nargs="*", default=["768-3072"], help="default 768-3072")
+    grid.add_argument("--structures", nargs="*", help="default: all")
+    grid.add_argument("--sparsities", nargs="*", type=float, default=[0.9], help="default 0.9")
+    grid.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 197, 1576])
+    grid.add_argument("--threads", nargs="*", type=int, help="default: 1 and all")
+    grid.add_argument("--cold", action="store_true", help="cold weights as well")
+    grid.add_argument("--full", action="store_true", help="all layers, sparsities, tokens: hours")
+    grid.add_argument("--csv", type=Path, help="write the rows here, as they come")
+    grid.add_argument("--plot", type=Path, help="draw the ratios here ([plot])")
 
 
 def _add_explain(commands: Any) -> None:
@@ -163,10 +176,38 @@ def _sparse(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _bench(options: argparse.Namespace) -> str:
+    if options.model == "cpu":
+        return _bench_cpu(options)
     from padst_compiler.benchmark import compare_with_dense
 
     model, inputs = _sparse(options)
     return compare_with_dense(model, inputs, rounds=options.rounds)
+
+
+def _bench_cpu(options: argparse.Namespace) -> str:
+    import torch
+
+    from padst_compiler import layer_benchmark as bench
+
+    every = options.full
+    pairs = [text.split("-") for text in options.layers]
+    layers = [(int(inputs), int(outputs)) for inputs, outputs in pairs]
+    cores = options.threads or sorted({1, torch.get_num_threads()})
+    selected = bench.cases(
+        bench.LAYERS if every else layers,
+        options.structures or bench.STRUCTURES,
+        bench.SPARSITIES if every else options.sparsities,
+        bench.TOKENS if every else options.tokens,
+        cores,
+        (False, True) if every or options.cold else (False,),
+    )
+    before = torch.get_num_threads()
+    try:
+        return bench.report(
+            list(selected), rounds=options.rounds, path=options.csv, picture=options.plot
+        )
+    finally:
+        torch.set_num_threads(before)
 
 
 def _explain(options: argparse.Namespace) -> str:

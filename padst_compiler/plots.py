@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 from padst_compiler.layers import SparseLayer, sparse_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from padst_compiler.reporting import Report
     from padst_compiler.training import Event
     from padst_compiler.trial import Run
 
-__all__ = ["demo_picture", "readme_picture", "report_picture"]
+__all__ = ["bench_picture", "demo_picture", "readme_picture", "report_picture"]
 
 INK, RUST, SEA, SAND = "#22303c", "#c2542d", "#2b7a78", "#d9b44a"
 COLOURS = {"dense": INK, "block": SAND, "block + permutation": SEA}
@@ -82,6 +83,37 @@ def report_picture(report: Report, path: Path) -> Path:
     _bars(axes[0][1], report, distances, "features moved: in all, beyond what is absorbed")
     _history(axes[1][0], report.history, "gap", "worst gap", 0.2929)
     _history(axes[1][1], report.history, "churn", "units changed", None)
+    return _save(figure, path)
+
+
+def bench_picture(rows: Sequence[Mapping[str, str]], path: Path) -> Path:
+    """Draw times faster than the best dense peer against tokens and against the sparsity asked for.
+
+    Args:
+        rows: of ``layer_benchmark``, by their headers; a line is a structure on a layer, with its
+            threads and weights as they were. What varies least is left out of a panel.
+        path: the picture, ``.png`` or ``.svg``.
+
+    Raises:
+        ImportError: the ``[plot]`` extra is not installed.
+    """
+    figure, axes = _figure(1, 2, (13, 5))
+    for axis, along, other in ((axes[0][0], "tokens", "asked"), (axes[0][1], "asked", "tokens")):
+        shown = Counter(row[other] for row in rows).most_common(1)[0][0]
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row[other] == shown:
+                name = f"{row['layer']} {row['structure']} {row['threads']} {row['weights']}"
+                lines.setdefault(name, []).append((float(row[along]), float(row["x best dense"])))
+        for name, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+        axis.axhline(1.0, color=INK, linewidth=0.8)
+        axis.set(title=f"times faster than the best dense peer, {other} {shown}", xlabel=along)
+        axis.set_yscale("log")
+        if along == "tokens":
+            axis.set_xscale("log")
+        _open(axis)
+    axes[0][1].legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 
