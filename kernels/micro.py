@@ -7,6 +7,7 @@ it lies, from a copy that is laid out apart, or through ``in_map``; outputs may 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -60,8 +61,9 @@ def width(outputs: int, most: int = 64) -> int:
 
 
 def fits(geometry: Geometry) -> bool:
-    """Whether the kernels are made for this type and device."""
-    return geometry.device == "cpu" and geometry.dtype is torch.float32
+    """Whether the kernels are made for this type, device and compiler: GCC or Clang."""
+    here = geometry.device == "cpu" and sys.platform != "win32"
+    return here and geometry.dtype is torch.float32
 
 
 def sums(
