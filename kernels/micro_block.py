@@ -21,7 +21,7 @@ from torch import Tensor
 
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
-from padst_compiler.kernels.micro import ALONE, fits, source, sums, width
+from padst_compiler.kernels.micro import ALONE, fits, source, sums, wide, widening, width
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
 from padst_compiler.structures import Block
 
@@ -85,7 +85,8 @@ def _product(g: Geometry, outputs: int, inputs: int, rate: float) -> float | Non
     if not tiled or not fits(g):
         return None
     narrow = {4: 0.25, 8: 0.5}.get(math.gcd(outputs, 16), 1.0)
-    return gemm(g.tokens, inputs, outputs, g.nnz // (inputs * outputs), rate * narrow)
+    rate, casts = widening(g, rate * narrow)
+    return gemm(g.tokens, inputs, outputs, g.nnz // (inputs * outputs), rate) + casts
 
 
 def _linear_cost(g: Geometry) -> float | None:
@@ -106,9 +107,9 @@ def _dw_cost(g: Geometry) -> float | None:
     return _product(g, *g.structure.sides, rate=rate)
 
 
-LINEAR_FORM = Formulation("micro_kernel", linear, _linear_cost)
-DX_FORM = Formulation("micro_kernel", dx, _dx_cost)
-DW_FORM = Formulation("micro_kernel", dw, _dw_cost)
+LINEAR_FORM = Formulation("micro_kernel", wide(linear), _linear_cost)
+DX_FORM = Formulation("micro_kernel", wide(dx), _dx_cost)
+DW_FORM = Formulation("micro_kernel", wide(dw), _dw_cost)
 
 
 # -- lowerings -------------------------------------------------------------------------------------

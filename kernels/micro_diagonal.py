@@ -16,7 +16,7 @@ from torch import Tensor
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import DIAGONAL_SUMS
-from padst_compiler.kernels.micro import fits, source, sums, width
+from padst_compiler.kernels.micro import fits, source, sums, wide, widening, width
 from padst_compiler.structures import Diagonal
 
 __all__ = ["DX_FORM", "LINEAR_FORM", "LOWERINGS"]
@@ -95,11 +95,12 @@ def _cost(g: Geometry, outputs: int) -> float | None:
         return None
     efficiency = 0.3 if outputs % MOST == 0 else 0.2  # as in micro_block
     laid_out = 0.0 if g.frozen else moved(g.nnz, g.item)
-    return gemm(g.tokens, g.nnz // outputs, outputs, efficiency=efficiency) + laid_out
+    efficiency, casts = widening(g, efficiency)
+    return gemm(g.tokens, g.nnz // outputs, outputs, efficiency=efficiency) + laid_out + casts
 
 
-LINEAR_FORM = Formulation("micro_kernel", linear, lambda g: _cost(g, g.shape.out_features))
-DX_FORM = Formulation("micro_kernel", dx, lambda g: _cost(g, g.shape.in_features))
+LINEAR_FORM = Formulation("micro_kernel", wide(linear), lambda g: _cost(g, g.shape.out_features))
+DX_FORM = Formulation("micro_kernel", wide(dx), lambda g: _cost(g, g.shape.in_features))
 
 
 # -- lowerings -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import GATHERED_SUMS
 from padst_compiler.kernels.fan_in import nm_inputs
-from padst_compiler.kernels.micro import fits, source, sums
+from padst_compiler.kernels.micro import fits, source, sums, wide, widening
 from padst_compiler.structures import NM, FanIn
 
 __all__ = ["FAN_IN_FORM", "LOWERINGS", "NM_FORM"]
@@ -60,11 +60,12 @@ def _cost(g: Geometry, kind: type[FanIn | NM]) -> float | None:
     if not isinstance(g.structure, kind) or not fits(g) or outputs % DOWN or g.tokens < FEW:
         return None
     laid_out = 0.0 if g.frozen or kind is FanIn else moved(g.nnz, g.item)
-    return gemm(tokens, g.nnz // outputs, outputs, efficiency=0.25) + laid_out
+    rate, casts = widening(g, 0.25)
+    return gemm(tokens, g.nnz // outputs, outputs, efficiency=rate) + laid_out + casts
 
 
-FAN_IN_FORM = Formulation("feature_kernel", fan_in, lambda g: _cost(g, FanIn))
-NM_FORM = Formulation("feature_kernel", nm, lambda g: _cost(g, NM))
+FAN_IN_FORM = Formulation("feature_kernel", wide(fan_in), lambda g: _cost(g, FanIn))
+NM_FORM = Formulation("feature_kernel", wide(nm), lambda g: _cost(g, NM))
 
 
 # -- lowerings -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import PICKED_SUMS
-from padst_compiler.kernels.micro import fits, source, sums, width
+from padst_compiler.kernels.micro import fits, source, sums, wide, widening, width
 from padst_compiler.structures import NM, FanIn
 
 __all__ = ["FAN_IN_FORM", "LOWERINGS", "NM_FORM"]
@@ -79,18 +79,20 @@ def _nm_cost(g: Geometry) -> float | None:
     if not isinstance(g.structure, NM) or g.structure.m > GROUP or not _applies(g):
         return None
     kept, outputs = g.nnz // g.shape.out_features, g.shape.out_features
-    return gemm(g.tokens, kept, outputs, efficiency=0.35) + _laid_out(g)
+    rate, casts = widening(g, 0.35)
+    return gemm(g.tokens, kept, outputs, efficiency=rate) + _laid_out(g) + casts
 
 
 def _fan_in_cost(g: Geometry) -> float | None:
     if not isinstance(g.structure, FanIn) or g.tokens > FEW or not _applies(g):
         return None
     kept, outputs = g.nnz // g.shape.out_features, g.shape.out_features
-    return gemm(g.tokens, kept, outputs, efficiency=0.2) + _laid_out(g)
+    rate, casts = widening(g, 0.2)
+    return gemm(g.tokens, kept, outputs, efficiency=rate) + _laid_out(g) + casts
 
 
-NM_FORM = Formulation("micro_kernel", nm, _nm_cost)
-FAN_IN_FORM = Formulation("micro_kernel", fan_in, _fan_in_cost)
+NM_FORM = Formulation("micro_kernel", wide(nm), _nm_cost)
+FAN_IN_FORM = Formulation("micro_kernel", wide(fan_in), _fan_in_cost)
 
 
 # -- lowerings -------------------------------------------------------------------------------------

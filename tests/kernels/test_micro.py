@@ -6,10 +6,10 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from padst_compiler.formulation import Geometry
-from padst_compiler.kernels import install
-from padst_compiler.kernels.micro import fits, source, width
-from padst_compiler.ops import LINEAR, MAPPED
-from padst_compiler.structures import Block, Shape
+from padst_compiler.kernels import CANDIDATES, install
+from padst_compiler.kernels.micro import fits, has_products_of, source, wide, widening, width
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
+from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, unit_of
 
 
 def test_widths_tile_the_outputs() -> None:
@@ -26,9 +26,14 @@ def test_a_source_holds_its_headers_once_and_its_call() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
-    [({}, True), ({"dtype": torch.bfloat16}, False), ({"device": "cuda"}, False)],
+    [
+        ({}, True),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float64}, False),
+        ({"device": "cuda"}, False),
+    ],
 )
-def test_fp32_on_a_cpu(
+def test_fp32_and_16_bits_on_a_cpu(
     changed: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", **changed}
@@ -59,3 +64,95 @@ def test_rows_a_page_apart_are_copied_and_others_read_in_place(features: int) ->
     assert f"<8, 8, 8, {rows}, padst::Read::{read}, false>" in "".join(codes)
     expected = x.double() @ structure.unpack(values.double(), indices, shape).t()
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# -- 16 bits ---------------------------------------------------------------------------------------
+
+
+def test_a_widened_formulation_sees_fp32_and_returns_what_it_was_given() -> None:
+    seen: list[Any] = []
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        seen.append([getattr(t, "dtype", t) for t in (x, *rest)])
+        return x * 1.001
+
+    half = torch.ones(2, dtype=torch.bfloat16)
+    places = torch.zeros(2, dtype=torch.int32)
+    assert wide(run)(half, half, places, None, 7).dtype is torch.bfloat16
+    assert wide(run)(half.double(), half.double(), places, None, 7).dtype is torch.float64
+    floats = torch.float32, torch.float64
+    assert seen == [[kind, kind, torch.int32, None, 7] for kind in floats]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("known", "expected"), [(True, 0.2), (False, 0.8)])
+def test_sixteen_bits_are_priced_against_what_a_dense_product_of_them_costs(
+    dtype: torch.dtype, known: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("padst_compiler.kernels.micro.has_products_of", lambda dtype: known)
+
+    def geometry(dtype: torch.dtype, frozen: bool) -> Geometry:
+        return Geometry(Block(8), Shape(64, 64), 2, 9, dtype, "cpu", frozen)
+
+    assert widening(geometry(torch.float32, False), 0.4) == (0.4, 0.0)
+    (rate, frozen), (_, training) = (widening(geometry(dtype, f), 0.4) for f in (True, False))
+    assert rate == expected and 0.0 < frozen < training
+
+
+CASES = [
+    pytest.param(Block(16), torch.bfloat16, id="block"),
+    pytest.param(Block(16), torch.float16, id="block-fp16", marks=pytest.mark.slow),
+    pytest.param(Diagonal(), torch.bfloat16, id="diagonal", marks=pytest.mark.slow),
+    pytest.param(NM(16), torch.bfloat16, id="nm", marks=pytest.mark.slow),
+    pytest.param(FanIn(), torch.bfloat16, id="fan_in", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("structure", "dtype"), CASES)
+def test_results_in_16_bits_are_rounded_once(structure: Structure, dtype: torch.dtype) -> None:
+    install()
+    shape = Shape(64, 96)
+    dense = torch.randn(64, 96)
+    indices = structure.select(dense, structure.kept(shape, 0.7))
+    values = structure.pack(dense, indices).to(dtype)
+    weight = structure.unpack(values.double(), indices, shape)
+    x, grad = torch.randn(2, 19, 96).to(dtype), torch.randn(2, 19, 64).to(dtype)
+    flat = grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    unit = unit_of(values, indices)
+    for ops, args, expected in (
+        (LINEAR, (x, values, indices, None, 64), x.double() @ weight.t()),
+        (LINEAR_DX, (grad, values, indices, 96), grad.double() @ weight),
+        (LINEAR_DW, (grad, x, indices, unit), structure.pack(flat, indices)),
+    ):
+        for way in CANDIDATES[ops[structure.name]]:
+            if not way.name.endswith("_kernel"):
+                continue
+            torch._dynamo.reset()
+            y, codes = run_and_get_code(torch.compile(way.run), *args)
+            assert y.dtype is dtype and "padst::" in "".join(codes)
+            once = expected.to(dtype).double()  # fp32 sums may tip a tie: one unit more
+            unit_of_type = torch.finfo(dtype).eps * expected.abs().clamp(min=0.1)
+            assert bool(((y.double() - once).abs() <= unit_of_type).all())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "bf16", "fp16"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True, False),
+        ({"architecture": "x86_64", "avx512_fp16": True}, False, True),
+        ({"architecture": "aarch64"}, True, True),
+        (None, True, True),  # a torch that does not tell
+    ],
+)
+def test_what_a_cpu_multiplies(
+    capabilities: dict[str, Any] | None,
+    bf16: bool,
+    fp16: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_products_of(torch.bfloat16) is bf16
+    assert has_products_of(torch.float16) is fp16

@@ -114,7 +114,7 @@ def test_costs_say_where_the_kernel_applies() -> None:
         training = way.cost(geometry(frozen=False))
         assert training is not None and training > cost
         for other in (
-            geometry(dtype=torch.bfloat16),
+            geometry(dtype=torch.float64),
             geometry(device="cuda"),
             geometry(shape=Shape(770, 770)),
             geometry(structure=NM(16), kept=2),

@@ -81,7 +81,7 @@ def test_costs_say_where_the_kernel_applies() -> None:
         cost, usual = way.cost(geometry(structure)), ways[-1].cost(geometry(structure))
         assert cost is not None and usual is not None and cost < 0.8 * usual
         for other in (
-            geometry(structure, dtype=torch.bfloat16),
+            geometry(structure, dtype=torch.float64),
             geometry(structure, device="cuda"),
             geometry(structure, shape=Shape(776, 768)),
             geometry(structure, tokens=1),
