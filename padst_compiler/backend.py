@@ -30,7 +30,7 @@ from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
 from padst_compiler.kernels import CANDIDATES, PORTABLE, install
 from padst_compiler.layers import sparse_layers
-from padst_compiler.passes import inference_passes, training_passes
+from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.plain import compile_plain
 from padst_compiler.rewrite import Facts, Pass, PassError, run_pipeline
 from padst_compiler.settings import Settings
@@ -114,7 +114,7 @@ def _folder(
         if compat.is_module_state(example)
     }
     safe = settings.fold == "safe"
-    steps = inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe)
+    steps = (KeepStrides(), *inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe))
     steps, verify = _traced(steps, settings.trace), bool(settings.verify)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 

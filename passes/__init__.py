@@ -18,7 +18,7 @@ from padst_compiler.passes.take_sparse_gradient import TakeSparseGradient
 from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
 
-__all__ = ["FOLDS", "inference_passes", "training_passes"]
+__all__ = ["FOLDS", "KeepStrides", "inference_passes", "training_passes"]
 
 FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 
@@ -29,7 +29,7 @@ def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tupl
     written = (RecogniseMaps(),) if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
-    return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps(), KeepStrides())
+    return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:

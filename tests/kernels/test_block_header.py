@@ -24,6 +24,7 @@ BUILDS = {
     "portable": ["-O2"],
     "sanitized": ["-O1", "-g", "-march=native", "-fsanitize=address,undefined"],
 }
+pytestmark = pytest.mark.xdist_group("block_header")  # one process builds the driver
 Array = npt.NDArray[np.float32]
 
 

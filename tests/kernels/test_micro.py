@@ -45,7 +45,8 @@ def test_fp32_and_16_bits_on_a_cpu(
     assert fits(geometry) is False
 
 
-@pytest.mark.parametrize("features", [16, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [16, 1024])
 def test_rows_a_page_apart_are_copied_and_others_read_in_place(features: int) -> None:
     install()
     structure, shape = Block(8), Shape(16, features)
@@ -101,13 +102,14 @@ def test_sixteen_bits_are_priced_against_what_a_dense_product_of_them_costs(
 
 CASES = [
     pytest.param(Block(16), torch.bfloat16, id="block"),
-    pytest.param(Block(16), torch.float16, id="block-fp16", marks=pytest.mark.slow),
-    pytest.param(Diagonal(), torch.bfloat16, id="diagonal", marks=pytest.mark.slow),
-    pytest.param(NM(16), torch.bfloat16, id="nm", marks=pytest.mark.slow),
-    pytest.param(FanIn(), torch.bfloat16, id="fan_in", marks=pytest.mark.slow),
+    pytest.param(Block(16), torch.float16, id="block-fp16"),
+    pytest.param(Diagonal(), torch.bfloat16, id="diagonal"),
+    pytest.param(NM(16), torch.bfloat16, id="nm"),
+    pytest.param(FanIn(), torch.bfloat16, id="fan_in"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "dtype"), CASES)
 def test_results_in_16_bits_are_rounded_once(structure: Structure, dtype: torch.dtype) -> None:
     install()
@@ -156,3 +158,17 @@ def test_what_a_cpu_multiplies(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_products_of(torch.bfloat16) is bf16
     assert has_products_of(torch.float16) is fp16
+
+
+def test_a_16_bit_layer_runs_the_kernel() -> None:
+    install()
+    structure, shape = Block(8), Shape(16, 24)
+    dense = torch.randn(16, 24)
+    indices = structure.select(dense, 2)
+    values = structure.pack(dense, indices).bfloat16()
+    x = torch.randn(5, 24).bfloat16()
+    run = CANDIDATES[LINEAR["block"]][0].run
+    y, codes = run_and_get_code(torch.compile(run), x, values, indices, None, 16)
+    assert y.dtype is torch.bfloat16 and "padst::block_sums<" in "".join(codes)
+    expected = x.double() @ structure.unpack(values.double(), indices, shape).t()
+    torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)

@@ -90,6 +90,7 @@ def test_a_kernel_reads_through_maps_and_what_follows_is_fused(shape: Shape) -> 
         assert "".join(codes).count("async_compile.cpp_pybinding(") == 1
 
 
+@pytest.mark.slow
 def test_what_the_kernel_does_not_do_calls_the_operator() -> None:
     values, indices, dense = weights(Shape(32, 16), torch.float64)
     parts = crossings(values[0], indices[0].long(), (16, 32), 32, down=True)

@@ -78,6 +78,7 @@ def test_a_kernel_reads_through_maps_and_what_follows_is_fused(
         assert "".join(codes).count("async_compile.cpp_pybinding(") == 1
 
 
+@pytest.mark.slow
 def test_what_the_kernel_does_not_do_calls_the_operator() -> None:
     values, indices, dense = weights(NM(16), Shape(32, 48), torch.float64)
     parts = laid_out(values, indices.to(torch.uint8), 32)

@@ -31,6 +31,7 @@ SELECTS: list[tuple[int, int, Structure]] = [
     (32, 80, NM(40, 3)),
     (32, 50, FanIn(7)),
 ]
+pytestmark = pytest.mark.xdist_group("sums_header")  # one process builds the driver
 Array = npt.NDArray[np.float32]
 FORMS = [
     f"DIAGONAL({2 * at + down}, {n}, {inputs}, {str(bool(down)).lower()})"
