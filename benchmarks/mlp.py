@@ -1,6 +1,6 @@
 """Two-layer MLPs on this machine: every structure against the best dense peer, wins and losses.
 
-    python benchmarks/mlp.py                     # the table (make bench)
+    python benchmarks/mlp.py                     # the README's table
     python benchmarks/mlp.py --tokens 197 --csv mlp.csv
 
 Each row is one run in which all contestants take turns. Dense peers: eager PyTorch, Inductor, and

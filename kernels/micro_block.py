@@ -21,8 +21,9 @@ from torch import Tensor
 
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
+from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels.micro import ALONE, fits, source, sums, wide, widening, width
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block
 
 __all__ = ["DW_FORM", "DX_FORM", "LINEAR_FORM", "LOWERINGS"]

@@ -1,6 +1,9 @@
 """Operators that kernels run: storage laid out for them, and maps that they read and write through.
 
 ================================================  ===============================================
+``<structure>_linear_mapped(x, values, indices,   the structured operator without bias on
+width, in_map, out_map)``                         ``x[..., in_map]``, of it ``y[..., out_map]``;
+                                                  ``<structure>_linear_dx_mapped`` too
 ``gathered_sums(x, weights, inputs, in_map,       ``y[t, o] = sum_k weights[o, k] *
 out_map)``                                        x[t, inputs[o, k]]``
 ``picked_sums(x, weights, places, groups,         slot k of output n picks input ``places`` of its
@@ -26,9 +29,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padst_compiler.ops import MAPPED
+from padst_compiler.ops import LINEAR, LINEAR_DX
 
-__all__ = ["DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "PICKED_SUMS"]
+__all__ = ["DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "MAPPED", "PICKED_SUMS"]
 
 
 def _moved(x: Tensor, table: Tensor | None) -> Tensor:
@@ -120,6 +123,36 @@ torch.library.custom_op(
 GATHERED_SUMS = torch.ops.padst.gathered_sums.default
 PICKED_SUMS = torch.ops.padst.picked_sums.default
 DIAGONAL_SUMS = torch.ops.padst.diagonal_sums.default
+
+MAPPED: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+"""What reads and writes through maps, by what does not."""
+
+
+def _register_mapped(op: torch._ops.OpOverload, *bias: None) -> None:
+    def mapped(
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        width: int,
+        in_map: Tensor | None,
+        out_map: Tensor | None,
+    ) -> Tensor:
+        return _moved(op(_moved(x, in_map), values, indices, *bias, width), out_map)
+
+    name = f"{op.name()}_mapped"
+    torch.library.custom_op(
+        name,
+        mapped,
+        mutates_args=(),
+        schema="(Tensor x, Tensor values, Tensor indices, SymInt width, Tensor? in_map, "
+        "Tensor? out_map) -> Tensor",
+    ).register_fake(lambda x, v, i, width, in_map, out_map: _fake(x, width, out_map))
+    MAPPED[op] = getattr(torch.ops.padst, name.removeprefix("padst::")).default
+
+
+for _name in LINEAR:
+    _register_mapped(LINEAR[_name], None)
+    _register_mapped(LINEAR_DX[_name])
 
 IN_MAP: dict[torch._ops.OpOverload, int] = dict.fromkeys(MAPPED.values(), 4)
 """The place of ``in_map`` among an operator's arguments; that of ``out_map`` is the next."""

@@ -7,9 +7,6 @@ bias, out_features)``
 indices, in_features)``
 ``<structure>_linear_dw(grad, x, indices,       gradient of ``values``: the kept units only
 unit)``
-``<structure>_linear_mapped(x, values,          ``y[..., out_map]`` of ``x[..., in_map]``, no
-indices, out_features, in_map, out_map)``       bias; what passes make of maps that remain
-``<structure>_linear_dx_mapped(...)``           the same of ``dx``; neither has a gradient
 ``permute(x, perm)``                            ``x[..., perm]``
 ``invert(perm)``                                the inverse map
 ==============================================  ================================================
@@ -26,7 +23,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +32,11 @@ from torch import Tensor
 from padst_compiler.index_map import invert
 from padst_compiler.structures import STRUCTURES, Shape, Structure, unit_of
 
-__all__ = ["LINEAR", "LINEAR_DW", "LINEAR_DX", "MAPPED", "STRUCTURE_OF"]
+__all__ = ["LINEAR", "LINEAR_DW", "LINEAR_DX", "STRUCTURE_OF"]
 
 LINEAR: dict[str, torch._ops.OpOverload] = {}
 LINEAR_DX: dict[str, torch._ops.OpOverload] = {}
 LINEAR_DW: dict[str, torch._ops.OpOverload] = {}
-MAPPED: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
-"""What reads and writes through maps, by what does not."""
 STRUCTURE_OF: dict[torch._ops.OpOverload, type[Structure]] = {}
 
 
@@ -128,43 +123,6 @@ def _register_linear(kind: type[Structure]) -> None:
     LINEAR_DW[kind.name] = getattr(namespace, f"{kind.name}_linear_dw").default
     for op in (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]):
         STRUCTURE_OF[op] = kind
-    _register_mapped(LINEAR[kind.name], lambda x, v, i, width: linear(x, v, i, None, width))
-    _register_mapped(LINEAR_DX[kind.name], dx)
-
-
-def _register_mapped(op: torch._ops.OpOverload, product: Callable[..., Tensor]) -> None:
-    def mapped(
-        x: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        width: int,
-        in_map: Tensor | None,
-        out_map: Tensor | None,
-    ) -> Tensor:
-        moved = x if in_map is None else x.index_select(-1, in_map)
-        y = product(moved, values, indices, width)
-        return y if out_map is None else y.index_select(-1, out_map)
-
-    def fake(
-        x: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        width: int,
-        in_map: Tensor | None,
-        out_map: Tensor | None,
-    ) -> Tensor:
-        del values, indices, in_map
-        return x.new_empty((*x.shape[:-1], width if out_map is None else out_map.shape[0]))
-
-    name = f"{op.name()}_mapped"
-    torch.library.custom_op(
-        name,
-        mapped,
-        mutates_args=(),
-        schema="(Tensor x, Tensor values, Tensor indices, SymInt width, Tensor? in_map, "
-        "Tensor? out_map) -> Tensor",
-    ).register_fake(fake)
-    MAPPED[op] = getattr(torch.ops.padst, name.removeprefix("padst::")).default
 
 
 def _permute(x: Tensor, perm: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from padst_compiler.index_map import invert
 from padst_compiler.insertion import inline
-from padst_compiler.kernel_ops import IN_MAP
-from padst_compiler.ops import LINEAR, MAPPED
+from padst_compiler.kernel_ops import IN_MAP, MAPPED
+from padst_compiler.ops import LINEAR
 from padst_compiler.rewrite import Facts, Refusal, Report
 from padst_compiler.symbolic import recognise
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_compiler.kernel_ops import DIAGONAL_SUMS, GATHERED_SUMS, IN_MAP, PICKED_SUMS
-from padst_compiler.ops import MAPPED
+from padst_compiler.kernel_ops import DIAGONAL_SUMS, GATHERED_SUMS, IN_MAP, MAPPED, PICKED_SUMS
+from padst_compiler.ops import LINEAR, LINEAR_DX
+from padst_compiler.structures import Shape, Structure
+
+from .test_ops import Kinds, storage
 
 
 def x(*shape: int) -> Tensor:
@@ -96,3 +99,22 @@ def test_every_operator_with_maps_says_where_they_go() -> None:
     for op, place in IN_MAP.items():
         names = [argument.name for argument in op._schema.arguments]
         assert names[place : place + 2] == ["in_map", "out_map"] == names[-2:]
+
+
+@Kinds
+@pytest.mark.parametrize("maps", [(True, True), (True, False), (False, True)], ids=str)
+def test_with_maps_the_input_is_moved_before_and_the_output_after(
+    kind: type[Structure], maps: tuple[bool, bool]
+) -> None:
+    shape = Shape(8, 4)
+    values, indices, dense = storage(kind, shape)
+    for op, weight, width in ((LINEAR, dense, 8), (LINEAR_DX, dense.t(), 4)):
+        p, q = torch.tensor([6, 1, 5, 0, 2, 2, 3, 4])[: weight.shape[1]], torch.randperm(width)
+        x = torch.randn(2, 3, 7, dtype=dense.dtype)[..., : 7 if maps[0] else weight.shape[1]]
+        x = x if maps[0] else torch.randn(2, 3, weight.shape[1], dtype=dense.dtype)
+        args = (x, values, indices, width, p if maps[0] else None, q if maps[1] else None)
+        y = MAPPED[op[kind.name]](*args)
+        expected = (x[..., p] if maps[0] else x) @ weight.t()
+        torch.testing.assert_close(y, expected[..., q] if maps[1] else expected)
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(MAPPED[op[kind.name]], args, test_utils=checks)

@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,5 @@ def test_a_report_writes_what_it_prints_and_says_what_does_not_fit(tmp_path: Pat
 
 
 def test_without_onnxruntime_there_is_no_such_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert in_onnxruntime(torch.nn.Linear(2, 2), torch.randn(1, 2)) is None

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from padst_compiler.index_map import invert
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED, STRUCTURE_OF
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
 from padst_compiler.structures import (
     NM,
     STRUCTURES,
@@ -55,25 +55,6 @@ def test_every_structure_has_its_three_operators() -> None:
             f"padst::{kind.name}_linear{end}" for end in ("", "_dx", "_dw")
         ]
         assert not any(op._schema.is_mutable for op in mine)
-
-
-@Kinds
-@pytest.mark.parametrize("maps", [(True, True), (True, False), (False, True)], ids=str)
-def test_with_maps_the_input_is_moved_before_and_the_output_after(
-    kind: type[Structure], maps: tuple[bool, bool]
-) -> None:
-    shape = Shape(8, 4)
-    values, indices, dense = storage(kind, shape)
-    for op, weight, width in ((LINEAR, dense, 8), (LINEAR_DX, dense.t(), 4)):
-        p, q = torch.tensor([6, 1, 5, 0, 2, 2, 3, 4])[: weight.shape[1]], torch.randperm(width)
-        x = torch.randn(2, 3, 7, dtype=dense.dtype)[..., : 7 if maps[0] else weight.shape[1]]
-        x = x if maps[0] else torch.randn(2, 3, weight.shape[1], dtype=dense.dtype)
-        args = (x, values, indices, width, p if maps[0] else None, q if maps[1] else None)
-        y = MAPPED[op[kind.name]](*args)
-        expected = (x[..., p] if maps[0] else x) @ weight.t()
-        torch.testing.assert_close(y, expected[..., q] if maps[1] else expected)
-        checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(MAPPED[op[kind.name]], args, test_utils=checks)
 
 
 # -- torch's own checks: schema, fake, autograd, symbolic sizes ------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,22 +29,20 @@ pytestmark = pytest.mark.xdist_group("block_header")  # one process builds the d
 Array = npt.NDArray[np.float32]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return what compiles the driver in one of the ways, once each."""
-    folder = tmp_path_factory.mktemp("block")
+def builder(folder: Path, headers: Sequence[str], cases: str, driver: str) -> Callable[[str], Path]:
+    """Return what compiles a driver in one of the ways, once each."""
     done: dict[str, Path] = {}
 
     def build(name: str) -> Path:
         if name not in done:
-            cases = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
-            parts = [(KERNELS / n).read_text("utf-8") for n in ("vectors.h", "sums.h", "block.h")]
-            parts += [f"#define ALL_SIDES {cases}", (HERE / "block_driver.cpp").read_text("utf-8")]
+            texts = [(KERNELS / header).read_text("utf-8") for header in headers]
+            parts = ["#include <cstring>", *texts, cases, (HERE / driver).read_text("utf-8")]
             source, program = folder / f"{name}.cpp", folder / name
             source.write_text("\n".join(parts), "utf-8")
             flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
-            # fast-math without its ban on infinities, as Inductor compiles
-            flags += ["-fno-finite-math-only", *BUILDS[name]]
+            # fast-math without its ban on infinities, as Inductor compiles; and GCC 12 finds its
+            # own _mm512_undefined_epi32 uninitialised
+            flags += ["-fno-finite-math-only", "-Wno-maybe-uninitialized", *BUILDS[name]]
             compiler = shutil.which("g++")
             assert compiler is not None
             subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
@@ -51,6 +50,21 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return done[name]
 
     return build
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what compiles the driver in one of the ways, once each."""
+    sides = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
+    headers, cases = ("vectors.h", "sums.h", "block.h"), f"#define ALL_SIDES {sides}"
+    return builder(tmp_path_factory.mktemp("block"), headers, cases, "block_driver.cpp")
+
+
+class Solved(Protocol):
+    """A call of a kernel as bytes, and what float64 says of it."""
+
+    bytes: bytes
+    expected: npt.NDArray[np.float64]
 
 
 class Problem:
@@ -105,7 +119,7 @@ class Problem:
             self.expected = self.expected[:, to]
 
 
-def run(program: Path, problems: list[Problem]) -> list[Array]:
+def run(program: Path, problems: Sequence[Solved]) -> list[Array]:
     """Return what the driver computes for each problem."""
     done = subprocess.run(
         [str(program)], input=b"".join(p.bytes for p in problems), capture_output=True, check=False

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from padst_compiler.formulation import Geometry
+from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
 from padst_compiler.kernels.micro import fits, has_products_of, source, wide, widening, width
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, unit_of
 
 

@@ -9,9 +9,12 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from padst_compiler.formulation import Geometry
+from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, MAPPED
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block, Shape, Structure, unit_of
+
+from .stored import weights
 
 KERNELS = ("block_sums<", "block_gradient<")
 linear, dx, dw = (ops["block"] for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
@@ -21,14 +24,6 @@ linear, dx, dw = (ops["block"] for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
 def lowered() -> None:
     install()
     torch._dynamo.reset()
-
-
-def weights(structure: Structure, shape: Shape, dtype: Any = torch.float32) -> tuple[Tensor, ...]:
-    """Return values and indices, and the weight that they stand for in float64."""
-    dense = torch.randn(shape.out_features, shape.in_features)
-    indices = structure.select(dense, structure.kept(shape, 0.5))
-    values = structure.pack(dense, indices).to(dtype)
-    return values, indices, structure.unpack(values.double(), indices, shape)
 
 
 def calls(codes: list[str]) -> list[int]:

@@ -15,6 +15,8 @@ from padst_compiler.kernels.micro_diagonal import DX_FORM, LINEAR_FORM, crossing
 from padst_compiler.ops import LINEAR, LINEAR_DX
 from padst_compiler.structures import NM, Diagonal, Shape
 
+from .stored import weights
+
 
 @pytest.fixture(autouse=True)
 def lowered() -> None:
@@ -22,20 +24,12 @@ def lowered() -> None:
     torch._dynamo.reset()
 
 
-def weights(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, indices, and the weight in float64."""
-    dense = torch.randn(shape.out_features, shape.in_features)
-    indices = Diagonal().select(dense, Diagonal().kept(shape, 0.7))
-    values = Diagonal().pack(dense, indices).to(dtype)
-    return values, indices, Diagonal().unpack(values.double(), indices, shape)
-
-
 SHAPES = [Shape(64, 32), Shape(32, 96), Shape(32, 32), Shape(48, 20), Shape(8, 12)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_formulations_are_the_operators(shape: Shape) -> None:
-    values, indices, dense = weights(shape, torch.float64)
+    values, indices, dense = weights(Diagonal(), shape, torch.float64)
     x, grad = torch.randn(2, 5, shape.in_features), torch.randn(3, shape.out_features)
     x, grad, bias = x.double(), grad.double(), torch.randn(shape.out_features).double()
     y = LINEAR_FORM.run(x, values, indices, bias, shape.out_features)
@@ -69,7 +63,7 @@ def test_crossings_hold_every_weight_once(data: st.DataObject) -> None:
     "shape", [SHAPES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:])], ids=str
 )
 def test_a_kernel_reads_through_maps_and_what_follows_is_fused(shape: Shape) -> None:
-    values, indices, dense = weights(shape)
+    values, indices, dense = weights(Diagonal(), shape)
     x, p = torch.randn(2, 19, shape.in_features), torch.randperm(shape.in_features)
     q, bias = torch.randperm(shape.out_features), torch.randn(shape.out_features)
     down = shape.out_features >= shape.in_features
@@ -92,7 +86,7 @@ def test_a_kernel_reads_through_maps_and_what_follows_is_fused(shape: Shape) -> 
 
 @pytest.mark.slow
 def test_what_the_kernel_does_not_do_calls_the_operator() -> None:
-    values, indices, dense = weights(Shape(32, 16), torch.float64)
+    values, indices, dense = weights(Diagonal(), Shape(32, 16), torch.float64)
     parts = crossings(values[0], indices[0].long(), (16, 32), 32, down=True)
     x = torch.randn(3, 16).double()
     run = torch.compile(lambda x: DIAGONAL_SUMS(x, *parts, 32, None, None))

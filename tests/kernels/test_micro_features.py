@@ -13,21 +13,13 @@ from padst_compiler.kernels.micro_features import FAN_IN_FORM, NM_FORM
 from padst_compiler.ops import LINEAR
 from padst_compiler.structures import NM, FanIn, Shape, Structure
 
+from .stored import weights
+
 
 @pytest.fixture(autouse=True)
 def lowered() -> None:
     install()
     torch._dynamo.reset()
-
-
-def weights(
-    structure: Structure, shape: Shape, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, indices, and the weight in float64."""
-    dense = torch.randn(shape.out_features, shape.in_features)
-    indices = structure.select(dense, structure.kept(shape, 0.8))
-    values = structure.pack(dense, indices).to(dtype)
-    return values, indices, structure.unpack(values.double(), indices, shape)
 
 
 @pytest.mark.parametrize("structure", [FanIn(), NM(10)], ids=str)

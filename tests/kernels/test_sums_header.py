@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -17,10 +14,8 @@ from padst_compiler.kernels.micro_diagonal import crossings
 from padst_compiler.kernels.micro_select import laid_out
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import BUILDS
+from .test_block_header import builder, run
 
-HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent.parent / "kernels"
 # Outputs of a tile and inputs, of a diagonal weight; and of N:M and fan-in.
 DIAGONALS = [(32, 64), (16, 50), (8, 30), (4, 7)]
 SELECTS: list[tuple[int, int, Structure]] = [
@@ -32,7 +27,6 @@ SELECTS: list[tuple[int, int, Structure]] = [
     (32, 50, FanIn(7)),
 ]
 pytestmark = pytest.mark.xdist_group("sums_header")  # one process builds the driver
-Array = npt.NDArray[np.float32]
 FORMS = [
     f"DIAGONAL({2 * at + down}, {n}, {inputs}, {str(bool(down)).lower()})"
     for at, (n, inputs) in enumerate(DIAGONALS)
@@ -48,27 +42,9 @@ for at, (n, inputs, kind) in enumerate(SELECTS, start=len(FORMS)):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
-    folder = tmp_path_factory.mktemp("sums")
-    done: dict[str, Path] = {}
-
-    def build(name: str) -> Path:
-        if name not in done:
-            names = ("vectors.h", "sums.h", "diagonal.h", "select.h", "features.h")
-            parts = ["#include <cstring>", *((KERNELS / n).read_text("utf-8") for n in names)]
-            parts += [f"#define ALL_FORMS {' '.join(FORMS)}"]
-            parts += [(HERE / "sums_driver.cpp").read_text("utf-8")]
-            source, program = folder / f"{name}.cpp", folder / name
-            source.write_text("\n".join(parts), "utf-8")
-            flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
-            # GCC 12 finds its own _mm512_undefined_epi32 uninitialised
-            flags += ["-fno-finite-math-only", "-Wno-maybe-uninitialized", *BUILDS[name]]
-            compiler = shutil.which("g++")
-            assert compiler is not None
-            subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-            done[name] = program
-        return done[name]
-
-    return build
+    headers = ("vectors.h", "sums.h", "diagonal.h", "select.h", "features.h")
+    cases = f"#define ALL_FORMS {' '.join(FORMS)}"
+    return builder(tmp_path_factory.mktemp("sums"), headers, cases, "sums_driver.cpp")
 
 
 class Problem:
@@ -126,19 +102,6 @@ class Problem:
         self.bytes = struct.pack("9i", *map(int, numbers)) + memory.tobytes()
         self.bytes += b"".join(part.contiguous().numpy().tobytes() for part in parts)
         self.bytes += (in_map.tobytes() if through else b"") + (out_map.tobytes() if moved else b"")
-
-
-def run(program: Path, problems: list[Problem]) -> list[Array]:
-    """Return what the driver computes for each problem."""
-    done = subprocess.run(
-        [str(program)], input=b"".join(p.bytes for p in problems), capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    flat = np.frombuffer(done.stdout, np.float32)
-    sizes = np.cumsum([p.expected.size for p in problems])
-    assert len(flat) == sizes[-1]
-    parts = np.split(flat, sizes[:-1])
-    return [part.reshape(p.expected.shape) for part, p in zip(parts, problems, strict=True)]
 
 
 def assert_right(program: Path, count: int) -> None:
