@@ -30,10 +30,10 @@ PADST_INLINE void crossed(const float* x, const float* w, const int32_t* at, int
 // meet inputs at[j] and on; the crossings of tile u are starts[u] to starts[u + 1], or as many for any
 // tile without. Eight tokens' inputs stay in the L1 cache, the crossings stream.
 template <int N, int64_t INPUTS, bool DOWN, Read READ, bool MOVED, typename Store>
-PADST_INLINE void diagonal_sums(const float* x, int64_t row, int64_t tokens, const int64_t* in_map,
-                                const float* w, const int32_t* at, const int32_t* starts,
-                                int64_t crossings, int64_t outputs, const int64_t* out_map, int threads,
-                                const Store& store) {
+PADST_INLINE void diagonal_sums(const float* x, int64_t row, int64_t tokens, int64_t features,
+                                const int64_t* in_map, const float* w, const int32_t* at,
+                                const int32_t* starts, int64_t crossings, int64_t outputs,
+                                const int64_t* out_map, int threads, const Store& store) {
   static_assert(READ != Read::HERE, "something stands around every row");
   constexpr int R = tokens_of(N) < 8 ? tokens_of(N) : 8, H = R > 2 ? R / 2 : 1;
   constexpr Around AROUND = DOWN ? Around{N, N, false} : Around{0, N, true};
@@ -48,8 +48,8 @@ PADST_INLINE void diagonal_sums(const float* x, int64_t row, int64_t tokens, con
     if (left >= H) return crossed<H, N, ROW>(from, weights, here, count, out), H;
     return crossed<1, N, ROW>(from, weights, here, count, out), 1;
   };
-  all_sums<N, 8, READ, MOVED>(x, row, tokens, INPUTS, in_map, AROUND, outputs / N, out_map, threads,
-                              tile, store);
+  all_sums<N, 8, READ, MOVED>(x, row, tokens, features, INPUTS, in_map, AROUND, outputs / N, out_map,
+                              threads, tile, store);
 }
 
 }  // namespace padst

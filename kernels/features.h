@@ -2,68 +2,8 @@
 // a feature is one aligned row whatever its place.
 namespace padst {
 
-// Transpose L x L numbers in registers: the quarters, then the quarters of those.
-template <int L> struct Order {
-  typedef int32_t type __attribute__((vector_size(4 * L)));
-};
-template <int L, int HALF> struct Turn {
-  static PADST_INLINE void turn(vec<L> (&rows)[L]) {
-    typename Order<L>::type low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < L; j++) {
-      low[j] = j & HALF ? L + j - HALF : j;
-      high[j] = j & HALF ? L + j : j + HALF;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++)
-      if (!(i & HALF)) {
-        const vec<L> a = rows[i], b = rows[i + HALF];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + HALF] = __builtin_shuffle(a, b, high);
-      }
-    Turn<L, HALF / 2>::turn(rows);
-  }
-};
-template <int L> struct Turn<L, 0> {
-  static PADST_INLINE void turn(vec<L> (&)[L]) {}
-};
-
 constexpr int ACROSS = 32;  // tokens in a tile: x^T of a thousand features stays in the L2 cache
 constexpr int DOWN = 16;    // outputs that are turned back and stored together
-
-// out[k][t] = x[t][k] for at most ACROSS tokens; zeros for the others.
-inline void to_features(const float* x, int64_t row, int64_t tokens, int64_t inputs, float* out) {
-  constexpr int L = LANES;
-  for (int t = 0; t < ACROSS; t += L) {
-    int64_t k = 0;
-    if (t + L <= tokens)
-      for (; k + L <= inputs; k += L) {
-        vec<L> rows[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) rows[i] = load<L>(x + (t + i) * row + k);
-        Turn<L, L / 2>::turn(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) store<L>(out + (k + i) * ACROSS + t, rows[i]);
-      }
-    for (; k < inputs; k++)
-      for (int i = 0; i < L; i++)
-        out[k * ACROSS + t + i] = t + i < tokens ? x[(t + i) * row + k] : 0.0f;
-  }
-}
-
-// out[t][o] = in[o][t], ACROSS tokens of DOWN outputs.
-inline void to_tokens(const float* in, float* out) {
-  constexpr int L = LANES;
-  for (int t = 0; t < ACROSS; t += L)
-    for (int o = 0; o < DOWN; o += L) {
-      vec<L> rows[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; i++) rows[i] = load<L>(in + (o + i) * ACROSS + t);
-      Turn<L, L / 2>::turn(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; i++) store<L>(out + (t + i) * DOWN + o, rows[i]);
-    }
-}
 
 // Sums of G outputs over `kept` inputs each, for a tile: out[g][t]. Several at once, because each
 // sum waits for its own last addition. Rows are the outputs' weights; inputs go through `map`.
@@ -108,22 +48,23 @@ PADST_INLINE void feature_sums(const float* x, int64_t row, int64_t tokens, int6
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float sums[DOWN * ACROSS], tile[ACROSS * DOWN];
-    std::unique_ptr<float[]> memory(new float[features * ACROSS + 16]);
-    float* turned = (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
+    const Aligned turned(features * ACROSS);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t at = 0; at < tiles; at++)
       for (int64_t part = 0; part < parts; part++) {
         const int64_t first = at * ACROSS, count = std::min<int64_t>(ACROSS, tokens - first);
-        to_features(x + first * row, row, count, features, turned);
+        for (int t = 0; t < ACROSS; t += LANES)
+          to_lines<LANES, ACROSS>(x + (first + t) * row, row, count - t, features, turned.begin + t);
         const int64_t last = std::min(outputs, (part + 1) * share);
         for (int64_t o = part * share; o < last; o += DOWN) {
           for (int g = 0; g < DOWN; g += G) {
             int64_t rows[G];
             for (int at = 0; at < G; at++) rows[at] = MOVED ? out_map[o + g + at] : o + g + at;
-            feature_rows<G, THROUGH>(turned, weights, inputs, in_map, rows, kept,
+            feature_rows<G, THROUGH>(turned.begin, weights, inputs, in_map, rows, kept,
                                      sums + g * ACROSS);
           }
-          to_tokens(sums, tile);
+          for (int t = 0; t < ACROSS; t += LANES)
+            from_lines<LANES, ACROSS>(sums + t, nullptr, DOWN, tile + t * DOWN, DOWN);
           store(first, count, o, tile);
         }
       }

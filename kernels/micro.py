@@ -63,7 +63,8 @@ CALL
 def source(call: str, *headers: str) -> str:
     """Return a kernel that makes this call, with the headers that it needs."""
     here = Path(__file__).resolve().parent
-    texts = [(here / name).read_text("utf-8") for name in ("vectors.h", "sums.h", *headers)]
+    names = ("vectors.h", "turn.h", "sums.h", *headers)
+    texts = [(here / name).read_text("utf-8") for name in names]
     return "\n".join(["{{template.header().getvalue()}}", *texts, BODY.replace("CALL", call)])
 
 
@@ -159,6 +160,7 @@ def sums(
     limits = {"IN_MAP": features, "OUT_MAP": outputs}
     values = {
         "I": inputs,
+        "FEATURES": features,
         "O": outputs,
         "READ": f"padst::Read::{read}",
         "MOVED": str("OUT_MAP" in given).lower(),

@@ -36,7 +36,7 @@ LINEAR_CALL = (
     + """
     const padst::Layout blocks{INDICES, nullptr, nullptr, {{KEPT}}, {{GROUPS}}};
     padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{I}}, {{in_map}}, W, blocks, {{out_map}}, threads, store);
+        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W, blocks, {{out_map}}, threads, store);
 """
 )
 DX_CALL = (
@@ -44,7 +44,8 @@ DX_CALL = (
     + """
     const padst::ByColumn by_column(INDICES, {{COUNT // KEPT}}, {{KEPT}}, {{GROUPS}});
     padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{I}}, {{in_map}}, W, by_column.layout(), {{out_map}}, threads, store);
+        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W, by_column.layout(), {{out_map}},
+        threads, store);
 """
 )
 DW_CALL = """

@@ -25,7 +25,8 @@ MOST = 32  # outputs of a tile
 
 CALL = """
     padst::diagonal_sums<{{N}}, {{I}}, {{DOWN}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{in_map}}, W, PLACES, {{"STARTS" if STARTS is defined else "nullptr"}},
+        X, row, tokens, {{FEATURES}}, {{in_map}}, W, PLACES,
+        {{"STARTS" if STARTS is defined else "nullptr"}},
         {{COUNT}}, {{O}}, {{out_map}}, threads, store);
 """
 

@@ -73,10 +73,10 @@ NM_FORM = Formulation("feature_kernel", wide(nm), lambda g: _cost(g, NM))
 
 def lower_sums(x: Any, weights: Any, inputs: Any, *maps: Any) -> Any:
     """Lower ``padst::gathered_sums``; what the kernel does not do calls the operator."""
-    out, kept, features = cpp.numbers([*weights.get_size(), x.get_size()[-1]])
+    out, kept = cpp.numbers(weights.get_size())
     y = None
     if out % DOWN == 0 and inputs.get_dtype() is torch.int32:
-        numbers: dict[str, Any] = {"N": DOWN, "ROWS": ACROSS, "KEPT": kept, "FEATURES": features}
+        numbers: dict[str, Any] = {"N": DOWN, "ROWS": ACROSS, "KEPT": kept}
         numbers |= {"WEIGHTS": kept * out, "THROUGH": str(maps[0] is not None).lower()}
         tensors, text = {"W": weights, "INPUTS": inputs}, source(CALL, "features.h")
         y = sums("padst_features", text, x, tensors, maps, out, numbers, apart=False)

@@ -28,7 +28,7 @@ FEW = 4  # tokens that gathering pays for
 
 CALL = """
     padst::picked_sums<{{N}}, {{M}}, {{KEPT}}, {{I}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{in_map}}, W, PLACES, {{O}}, {{out_map}}, threads, store);
+        X, row, tokens, {{FEATURES}}, {{in_map}}, W, PLACES, {{O}}, {{out_map}}, threads, store);
 """
 
 

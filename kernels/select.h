@@ -79,7 +79,8 @@ PADST_INLINE void picked(const float* x, const float* w, const I* at, int64_t gr
 // Every sum of picked inputs, N outputs at once: weights and places are (outputs / N, slots, N), which
 // streams; rows of all outputs would lie pages apart.
 template <int N, int M, int KEPT, int64_t INPUTS, Read READ, bool MOVED, typename I, typename Store>
-PADST_INLINE void picked_sums(const float* x, int64_t row, int64_t tokens, const int64_t* in_map, const float* w, const I* at, int64_t outputs,
+PADST_INLINE void picked_sums(const float* x, int64_t row, int64_t tokens, int64_t features,
+                              const int64_t* in_map, const float* w, const I* at, int64_t outputs,
                               const int64_t* out_map, int threads, const Store& store) {
   static_assert(READ != Read::HERE, "vectors reach behind the last group");
   constexpr int R = tokens_of(N) < 8 ? tokens_of(N) : 8, H = R > 2 ? R / 2 : 1;
@@ -94,8 +95,8 @@ PADST_INLINE void picked_sums(const float* x, int64_t row, int64_t tokens, const
       return picked<H, N, M, KEPT, ROW>(from, ws, here, groups, out), H;
     return picked<1, N, M, KEPT, ROW>(from, ws, here, groups, out), 1;
   };
-  all_sums<N, 8, READ, MOVED>(x, row, tokens, INPUTS, in_map, {0, BEHIND, false}, outputs / N, out_map,
-                              threads, tile, store);
+  all_sums<N, 8, READ, MOVED>(x, row, tokens, features, INPUTS, in_map, {0, BEHIND, false},
+                              outputs / N, out_map, threads, tile, store);
 }
 
 }  // namespace padst

@@ -1,6 +1,7 @@
 // Vectors of floats in the compiler's own notation: AVX-512, AVX2 and anything narrower.
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #if defined(__FMA__)
 #include <immintrin.h>
 #endif
@@ -46,5 +47,19 @@ template <> PADST_INLINE vec<16> fma(vec<16> a, vec<16> b, vec<16> c) {
   return _mm512_fmadd_ps(a, b, c);
 }
 #endif
+
+// Memory for so many floats, from the begin of a line of the cache on.
+class Aligned {
+ public:
+  explicit Aligned(int64_t count)
+      : memory_(count ? new float[count + 16] : nullptr),
+        begin((float*)(((uintptr_t)memory_.get() + 63) / 64 * 64)) {}
+
+ private:
+  std::unique_ptr<float[]> memory_;
+
+ public:
+  float* const begin;
+};
 
 }  // namespace padst

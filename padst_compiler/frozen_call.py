@@ -77,9 +77,9 @@ class FrozenCall:
             return self._variants[0]
         key = arguments[self._watched[0]]
         seen, variant = self._chosen.get(key, (None, None))
-        if seen != _state(arguments, self._watched):
+        if seen is None or not seen.holds(_at(arguments, self._watched)):
             variant = self._find(arguments)
-            self._chosen[key] = (_state(arguments, self._watched), variant)
+            self._chosen[key] = (_Seen(_at(arguments, self._watched)), variant)
         chosen: _Variant | None = variant
         return chosen
 
@@ -131,32 +131,32 @@ class _Variant:
         if self._prologue is None:
             return ()
         key = arguments[self._inputs[0]]
-        state = _state(arguments, self._inputs)
         seen, derived = self._derived.get(key, (None, ()))
-        if seen != state:
+        if seen is None or not seen.holds(_at(arguments, self._inputs)):
+            now = _Seen(_at(arguments, self._inputs))
             with torch.no_grad():
                 derived = self._prologue(*(arguments[i] for i in self._inputs))
-            self._derived[key] = (state, derived)
+            self._derived[key] = (now, derived)
         results: Sequence[Tensor] = derived
         return results
 
 
-def _state(arguments: Sequence[Any], positions: Sequence[int]) -> _State:
-    return _State([arguments[position] for position in positions])
+def _at(arguments: Sequence[Any], positions: Sequence[int]) -> list[Tensor]:
+    return [arguments[position] for position in positions]
 
 
-class _State:
+class _Seen:
     """Which tensors were seen, where their numbers lay and how often they had been written to."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [weakref.ref(t) for t in tensors]
-        self.numbers = [(t.data_ptr(), t._version) for t in tensors]
+        self._tensors = [weakref.ref(t) for t in tensors]
+        self._places = [t.data_ptr() for t in tensors]
+        self._versions = [t._version for t in tensors]
 
-    def __eq__(self, other: object) -> bool:
-        """Whether both saw the same living tensors, unwritten in between."""
-        if not isinstance(other, _State) or self.numbers != other.numbers:
-            return False
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return all(one() is not None and one() is two() for one, two in pairs)
-
-    __hash__ = None  # type: ignore[assignment]
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, alive and unwritten since; asked in every call."""
+        return (
+            self._versions == [t._version for t in tensors]
+            and self._places == [t.data_ptr() for t in tensors]
+            and all(seen() is t for seen, t in zip(self._tensors, tensors, strict=True))
+        )

@@ -56,7 +56,7 @@ def builder(folder: Path, headers: Sequence[str], cases: str, driver: str) -> Ca
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
     sides = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
-    headers, cases = ("vectors.h", "sums.h", "block.h"), f"#define ALL_SIDES {sides}"
+    headers, cases = ("vectors.h", "turn.h", "sums.h", "block.h"), f"#define ALL_SIDES {sides}"
     return builder(tmp_path_factory.mktemp("block"), headers, cases, "block_driver.cpp")
 
 

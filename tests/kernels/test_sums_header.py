@@ -42,7 +42,7 @@ for at, (n, inputs, kind) in enumerate(SELECTS, start=len(FORMS)):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
-    headers = ("vectors.h", "sums.h", "diagonal.h", "select.h", "features.h")
+    headers = ("vectors.h", "turn.h", "sums.h", "diagonal.h", "select.h", "features.h")
     cases = f"#define ALL_FORMS {' '.join(FORMS)}"
     return builder(tmp_path_factory.mktemp("sums"), headers, cases, "sums_driver.cpp")
 
