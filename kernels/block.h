@@ -122,35 +122,44 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
                                layout.groups * PARTS, out_map, threads, tile, store);
 }
 
-// The gradient of every block (IN, OUT): sums over tokens of x (tokens, inputs) and grad. A chunk of
-// tokens stays in the cache while all blocks pass by; what a block reads of it is copied together.
+// The gradient of every block (IN, OUT): sums over tokens of x (tokens, inputs) and grad. Blocks ask
+// for inputs in any order, so those of a chunk of tokens are laid out by block and stay in the cache
+// while all blocks pass by. The outputs come in order: those of the next part are asked for early.
 template <int N, int IN, int OUT, typename Store>
-PADST_INLINE void block_gradient(const float* x, int64_t x_row, const float* grad,
+PADST_INLINE void block_gradient(const float* x, int64_t x_row, int64_t inputs, const float* grad,
                                  int64_t grad_row, int64_t tokens, const int32_t* columns,
                                  int64_t rows, int64_t kept, int threads, const Store& store) {
   constexpr int PARTS = OUT / N;
-  constexpr int64_t CHUNK = 64;
-  const int64_t size = kept * IN * N;  // sums of a part
-  std::vector<float> all(rows * PARTS * size);
+  const int64_t size = kept * IN * N, parts = rows * PARTS;  // sums of a part
+  const int64_t room = std::max<int64_t>(16, std::min<int64_t>((1 << 17) / inputs, 4096 / N));
+  const int64_t chunks = (tokens + room - 1) / room, chunk = (tokens + chunks - 1) / chunks;
+  const Aligned all(parts * size), by_block(chunk * inputs);
+  std::memset(all.begin, 0, sizeof(float) * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[MOST * N];
-    std::vector<float> outputs(CHUNK * N), inputs(CHUNK * IN);
-    for (int64_t first = 0; first < tokens; first += CHUNK) {
-      const int64_t count = std::min(CHUNK, tokens - first);
+    const Aligned outputs(chunk * N);
+    for (int64_t first = 0; first < tokens; first += chunk) {
+      const int64_t count = std::min(chunk, tokens - first);
 #pragma omp for schedule(static)
-      for (int64_t part = 0; part < rows * PARTS; part++) {
-        const int64_t block = part / PARTS, inside = part % PARTS * N;
-        const float* const from = grad + first * grad_row + block * OUT + inside;
-        for (int64_t t = 0; t < count; t++)
-          std::memcpy(&outputs[t * N], from + t * grad_row, sizeof(float) * N);
-        float* sums = &all[part * size];
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t block = 0; block < inputs / IN; block++)
+          std::memcpy(by_block.begin + (block * chunk + t) * IN, x + (first + t) * x_row + block * IN,
+                      sizeof(float) * IN);
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t row = part / PARTS;
+        const float* const from = grad + first * grad_row + row * OUT + part % PARTS * N;
+        const bool more = part + 1 < parts;
+        for (int64_t t = 0; t < count; t++) {
+          std::memcpy(outputs.begin + t * N, from + t * grad_row, sizeof(float) * N);
+          for (int n = 0; more && n < N; n += 16) __builtin_prefetch(from + t * grad_row + N + n);
+        }
+        float* sums = all.begin + part * size;
         for (int64_t slot = 0; slot < kept; slot++) {
-          const float* const block_of_x = x + first * x_row + columns[block * kept + slot] * IN;
-          for (int64_t t = 0; t < count; t++)
-            std::memcpy(&inputs[t * IN], block_of_x + t * x_row, sizeof(float) * IN);
+          const float* const block = by_block.begin + columns[row * kept + slot] * chunk * IN;
           for (int64_t k = 0, done; k < IN; k += done, sums += done * N) {
-            done = tile_of<N, 0>(&inputs[k], 1, IN, {nullptr, nullptr, 1}, outputs.data(), N, count,
+            done = tile_of<N, 0>(block + k, 1, IN, {nullptr, nullptr, 1}, outputs.begin, N, count,
                                  tile, IN - k);
             for (int64_t n = 0; n < done * N; n++) sums[n] += tile[n];
           }
@@ -158,10 +167,10 @@ PADST_INLINE void block_gradient(const float* x, int64_t x_row, const float* gra
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < rows * PARTS; part++)
+    for (int64_t part = 0; part < parts; part++)
       for (int64_t k = 0; k < kept * IN; k += MOST)
         store(part / PARTS * kept * IN + k, std::min<int64_t>(MOST, kept * IN - k),
-              part % PARTS * N, &all[part * size + k * N]);
+              part % PARTS * N, all.begin + part * size + k * N);
   }
 }
 

@@ -50,7 +50,8 @@ DX_CALL = (
 )
 DW_CALL = """
     padst::block_gradient<{{N}}, {{IN}}, {{OUT}}>(
-        X, row, G, {{kernel.stride(G, 0)}}, tokens, INDICES, {{GROUPS}}, {{KEPT}}, threads, store);
+        X, row, {{kernel.size(X, 1)}}, G, {{kernel.stride(G, 0)}}, tokens, INDICES, {{GROUPS}},
+        {{KEPT}}, threads, store);
 """
 
 

@@ -36,7 +36,7 @@ template <int OUT, int IN> static void run(const Case& c) {
       for (int64_t v = 0; v < N; v++) y.at((m + r) * across + n + v) += tile[r * N + v];
   };
   if (dw) {
-    block_gradient<N, IN, OUT>(x.data(), c.row, w.data(), results, c.tokens, indices.data(), rows,
+    block_gradient<N, IN, OUT>(x.data(), c.row, c.features, w.data(), results, c.tokens, indices.data(), rows,
                                c.kept, c.threads, store);
   } else {
     const ByColumn by(indices.data(), rows, c.kept, dx ? c.columns : 1 << 20);
