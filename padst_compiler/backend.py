@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from padst_compiler import compat, recorder
-from padst_compiler.digest import source_digest
+from padst_compiler.digest import Unchanged, source_digest
 from padst_compiler.dump import dumped
 from padst_compiler.export import FORMATS, ExportReport, FoldedModule
 from padst_compiler.flat import exported
@@ -70,11 +70,12 @@ def padst(
     """Compile a Dynamo graph; found by name as ``torch.compile(model, backend="padst")``."""
     settings, inductor = prepare(options, mode)
     lower = _Lower(settings)
+    plain = {**inductor, "joint_custom_pre_pass": compat.composed(Unchanged())}
     ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key
     if not torch.is_grad_enabled() and _has_padst(graph_module):
         folded = _fold_or_none(graph_module, example_inputs, settings)
         if folded is not None:
-            return _compile_folded(graph_module, folded, example_inputs, settings, ours)
+            return _compile_folded(graph_module, folded, example_inputs, settings, plain)
     try:
         return _generate(graph_module, example_inputs, settings, ours, lower)
     except Exception as error:  # Dynamo and Inductor wrap what a pass raises
@@ -85,7 +86,7 @@ def padst(
             "slowly. options={'verify': 'strict'} raises instead.",
             stacklevel=2,
         )
-    return _generate(graph_module, example_inputs, settings, inductor, None)
+    return _generate(graph_module, example_inputs, settings, plain, None)
 
 
 def prepare(

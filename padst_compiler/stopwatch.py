@@ -22,12 +22,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from padst_compiler import compat
 from padst_compiler.contest import Contest, Measured
-from padst_compiler.digest import source_digest
+from padst_compiler.digest import Unchanged, source_digest
 from padst_compiler.formulation import Formulation
 from padst_compiler.frozen import split
 from padst_compiler.measure import Timing, paired, processor, ratio
@@ -150,7 +150,7 @@ class Stopwatch:
         facts = Facts(frozen=dict(zip(frozen, tensors[1:], strict=False)))
         parts = split(graph, facts)
         examples = [*(fakes[i] for i in parts.main_inputs), *parts.derived]
-        options = {**self._options, "joint_custom_pre_pass": _Nothing(self._salt)}
+        options = {**self._options, "joint_custom_pre_pass": Unchanged(self._salt)}
         compiled = compat.compile_with_inductor(parts.main, examples, options)
         inputs = [tensors[i] for i in parts.main_inputs]
         if parts.prologue is not None:
@@ -170,19 +170,6 @@ def with_stopwatch(settings: Settings, options: Mapping[str, Any]) -> Settings:
     strict = settings.verify == "strict"
     stopwatch = Stopwatch(options, Timings.beside_inductor(), strict=strict)
     return replace(settings, kernels=stopwatch)
-
-
-class _Nothing(compat.CustomGraphPass):
-    """No pass: its id keeps Inductor's cache from answering with other sources' kernels."""
-
-    def __init__(self, digest: str) -> None:
-        self._id = digest
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Leave the graph as it is."""
-
-    def uuid(self) -> str:
-        return self._id
 
 
 def _is_timed(contest: Contest) -> bool:

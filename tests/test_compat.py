@@ -185,6 +185,19 @@ def test_a_size_that_nobody_knows_gets_a_guess() -> None:
     assert compat.size_hint(ShapeEnv().create_unbacked_symint()) == 1024
 
 
+def test_a_parameter_is_owned_by_its_module() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    owners: list[str] = []
+
+    def record(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        owners.extend(map(compat.owner_name, module.graph.find_nodes(op="placeholder")))
+        return module.forward
+
+    torch.compile(model, backend=record)(torch.ones(2, 3))
+    assert set(owners) == {"", "0", "1.0"}
+    assert compat.owner_name(fx.Graph().placeholder("x")) == ""
+
+
 # -- Inductor --------------------------------------------------------------------------------------
 
 
@@ -206,6 +219,18 @@ def test_option_names_are_inductors() -> None:
     names = compat.inductor_option_names()
     assert {"max_autotune", "epilogue_fusion", "cpp.threads", "triton.cudagraphs"} <= names
     assert names >= {name.replace("-", "_") for name in torch._inductor.list_options()}
+
+
+def test_the_cache_is_where_inductor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new"))
+    assert compat.inductor_cache() == tmp_path / "new"
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        compat.inductor_cache()
 
 
 def test_reset_works_without_a_gpu() -> None:

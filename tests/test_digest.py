@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from padst_compiler import digest
-from padst_compiler.digest import source_digest
+from padst_compiler.digest import Unchanged, source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,3 +74,11 @@ def test_the_digest_reads_the_real_folders() -> None:
     root = Path(digest.__file__).resolve().parent
     for name in SHAPING:
         assert (root / name).is_file()
+
+
+def test_the_pass_that_changes_nothing_has_the_digest_for_an_id() -> None:
+    graph = fx.symbolic_trace(lambda x: x + 1).graph
+    before = str(graph)
+    Unchanged()(graph)
+    assert str(graph) == before
+    assert Unchanged("x").uuid() == source_digest("x") != Unchanged().uuid() == source_digest("")
