@@ -202,9 +202,29 @@ def test_max_autotune_times_unless_told_otherwise(timed: list[str]) -> None:
         assert len(timed) == count
 
 
+def test_a_graph_in_inductors_cache_is_for_this_machine_and_these_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, ids = fx.symbolic_trace(nn.ReLU()), []
+
+    def record(graph: fx.GraphModule, examples: Any, options: dict[str, Any]) -> Any:
+        ids.append(options["joint_custom_pre_pass"].uuid())
+        return graph.forward
+
+    monkeypatch.setattr(compat, "compile_with_inductor", record)
+    for kernels in ("timed", "timed", "auto"):
+        padst(module, [torch.ones(3)], options={"kernels": kernels})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    padst(module, [torch.ones(3)], options={"kernels": "timed"})
+    monkeypatch.setattr("padst_compiler.stopwatch.processor", lambda: "another CPU")
+    padst(module, [torch.ones(3)], options={"kernels": "timed"})
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 4
+
+
 @pytest.mark.slow
 def test_with_inductor_too(timed: list[str]) -> None:
-    model, x = Mlp(), torch.randn(9, 16)
+    model, x = Mlp(Diagonal()), torch.randn(9, 16)
     counts = []
     for _ in range(2):
         with torch.no_grad():
