@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from padst_compiler import compat, recorder
+from padst_compiler.digest import Unchanged, source_digest
 from padst_compiler.dump import dumped
 from padst_compiler.export import FORMATS, ExportReport, FoldedModule
 from padst_compiler.flat import exported
@@ -32,11 +32,12 @@ from padst_compiler.kernels import CANDIDATES, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.plain import compile_plain
-from padst_compiler.rewrite import Facts, Pass, PassError, run_pipeline
+from padst_compiler.rewrite import Facts, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
+from padst_compiler.stopwatch import with_stopwatch
 from padst_compiler.verify import MismatchError
 
-__all__ = ["Settings", "export_onnx", "fold_dynamo", "padst"]
+__all__ = ["Settings", "export_onnx", "fold_dynamo", "padst", "prepare"]
 
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
@@ -48,11 +49,12 @@ class _Lower(compat.CustomGraphPass):
     def __init__(self, settings: Settings) -> None:
         self._passes = training_passes(CANDIDATES, prefer=settings.kernels)
         self._trace = settings.trace
-        self._id = compat.source_digest(repr((settings, self._passes)))
+        self._id = source_digest(repr((settings, self._passes)))
 
     def __call__(self, graph: fx.Graph) -> None:
-        passes = _traced(self._passes, self._trace)
-        run_pipeline(passes, graph, Facts(table=compat.inductor_decompositions()))
+        run_pipeline(
+            dumped(self._passes, self._trace), graph, Facts(table=compat.inductor_decompositions())
+        )
 
     def uuid(self) -> str | None:
         return None if self._trace else self._id  # None: never cached, so that passes always run
@@ -66,26 +68,39 @@ def padst(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph; found by name as ``torch.compile(model, backend="padst")``."""
-    settings, inductor = Settings.parse(options)
-    install()
-    inductor = {**compat.mode_options(mode), **inductor}
+    settings, inductor = prepare(options, mode)
     lower = _Lower(settings)
+    plain = {**inductor, "joint_custom_pre_pass": compat.composed(Unchanged())}
     ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key
     if not torch.is_grad_enabled() and _has_padst(graph_module):
         folded = _fold_or_none(graph_module, example_inputs, settings)
         if folded is not None:
-            return _compile_folded(graph_module, folded, example_inputs, settings, ours)
+            return _compile_folded(graph_module, folded, example_inputs, settings, plain)
     try:
         return _generate(graph_module, example_inputs, settings, ours, lower)
     except Exception as error:  # Dynamo and Inductor wrap what a pass raises
-        if settings.verify == "strict" or not _from_a_pass(error):
+        if settings.verify == "strict" or not is_from_a_pass(error):
             raise
         warnings.warn(
             f"padst compiles without its passes: one of them failed ({error}). Results stay right, "
             "slowly. options={'verify': 'strict'} raises instead.",
             stacklevel=2,
         )
-    return _generate(graph_module, example_inputs, settings, inductor, None)
+    return _generate(graph_module, example_inputs, settings, plain, None)
+
+
+def prepare(
+    options: Mapping[str, Any] | None, mode: str | None = None
+) -> tuple[Settings, dict[str, Any]]:
+    """Return our settings and Inductor's; what they ask to time can be compiled.
+
+    Raises:
+        ValueError: an unknown option, value or mode.
+    """
+    settings, inductor = Settings.parse(options, mode)
+    inductor = {**compat.mode_options(mode), **inductor}
+    install()
+    return with_stopwatch(settings, inductor), inductor
 
 
 padst.reset = compat.reset_inductor  # type: ignore[attr-defined]
@@ -109,13 +124,13 @@ def _folder(
     holders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", e) for n, e in zip(holders, example_inputs, strict=True)]
     state = {
-        position: _owner(compat.source_name(holder))
+        position: compat.owner_name(holder)
         for position, (holder, example) in enumerate(zip(holders, example_inputs, strict=True))
         if compat.is_module_state(example)
     }
     safe = settings.fold == "safe"
     steps = (KeepStrides(), *inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe))
-    steps, verify = _traced(steps, settings.trace), bool(settings.verify)
+    steps, verify = dumped(steps, settings.trace), bool(settings.verify)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 
@@ -176,16 +191,6 @@ def _generate(
     return compat.compile_with_inductor(graph_module, example_inputs, inductor)
 
 
-def _from_a_pass(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, PassError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _traced(passes: tuple[Pass, ...], path: str | None) -> tuple[Pass, ...]:
-    return passes if path is None else dumped(passes, path)
-
-
 def export_onnx(
     model: nn.Module,
     args: Any,
@@ -243,8 +248,3 @@ def export_onnx(
 def _has_padst(graph_module: fx.GraphModule) -> bool:
     graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
     return any("padst." in str(node.target) for graph in graphs for node in graph.nodes)
-
-
-def _owner(source: str) -> str:
-    """Return the module path in a Dynamo source such as ``L['self']._modules['fc1']``."""
-    return ".".join(re.findall(r"_modules\['([^']+)'\]", source))

@@ -7,7 +7,7 @@ this file changes.
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,14 +27,15 @@ __all__ = [
     "compile_with_inductor",
     "composed",
     "force_strides",
+    "inductor_cache",
     "inductor_decompositions",
     "inductor_option_names",
     "is_module_state",
     "many_graphs",
     "mode_options",
+    "owner_name",
     "reset_inductor",
     "size_hint",
-    "source_digest",
     "source_name",
     "trace_aten",
 ]
@@ -145,6 +146,11 @@ def source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method in 2.11, a property in 2.13
 
 
+def owner_name(placeholder: fx.Node) -> str:
+    """Return the module that a Parameter or buffer among the graph's inputs belongs to, or ""."""
+    return ".".join(re.findall(r"_modules\['([^']+)'\]", source_name(placeholder)))
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Return Inductor's settings for a ``torch.compile`` mode.
 
@@ -194,6 +200,17 @@ def inductor_option_names() -> frozenset[str]:
     return frozenset(config.get_config_copy())
 
 
+def inductor_cache() -> Path:
+    """Return the folder that Inductor caches in; it is made where it does not exist.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
 def compile_with_inductor(
     graph_module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
 ) -> Callback:
@@ -231,18 +248,3 @@ class _Both(CustomGraphPass):
         ]
         # None: not cacheable, as theirs is
         return None if None in ids else (*ids, self.ours.uuid())
-
-
-def source_digest(extra: str) -> str:
-    """Hash all of our sources, torch's version and ``extra``: the part of a cache key that is ours.
-
-    Inductor does not see what a pass or a lowering does; without this a stale cache answers.
-    """
-    root = Path(__file__).resolve().parent
-    digest = hashlib.sha256(f"{torch.__version__}|{extra}".encode())
-    for folder in (root, *(root / name for name in ("passes", "kernels", "export"))):
-        folder = folder.resolve()  # rglob does not follow links, which these three may be
-        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.h"))):
-            digest.update(str(path.relative_to(folder)).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -23,17 +23,17 @@ from padst_compiler.rewrite import Facts, Pass, Report
 __all__ = ["dumped", "listing"]
 
 
-def dumped(passes: Sequence[Pass], path: str | Path) -> tuple[Pass, ...]:
+def dumped(passes: Sequence[Pass], path: str | Path | None) -> tuple[Pass, ...]:
     """Return the same passes, each of which also writes what it did into a new folder.
 
     Args:
         passes: of one pipeline, in order; for one graph.
-        path: made where it does not exist.
+        path: made where it does not exist; None leaves the passes as they are.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
-    return _Folder(passes, Path(path)).steps()
+    return tuple(passes) if path is None else _Folder(passes, Path(path)).steps()
 
 
 def listing(graph: fx.Graph) -> str:

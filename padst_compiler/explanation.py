@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from padst_compiler.backend import Settings, fold_dynamo
+from padst_compiler.backend import fold_dynamo, prepare
 from padst_compiler.compat import many_graphs
 from padst_compiler.fold import Folded
 from padst_compiler.inputs import bind
@@ -79,7 +79,7 @@ def explain(
         >>> explain(padst.harden(model).eval(), torch.randn(4, 64)).gathers
         0
     """
-    settings, _ = Settings.parse(options)
+    settings, _ = prepare(options)
     args, kwargs = bind(model, example_inputs)
     graphs: list[Folded] = []
 

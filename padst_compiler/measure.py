@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "machine", "paired", "ratio"]
+__all__ = ["Timing", "machine", "paired", "processor", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,18 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
     return statistics.median(each), each[len(each) // 4], each[(3 * len(each)) // 4]
 
 
-def machine() -> str:
-    """Name the machine and the versions that a figure belongs to, in one line."""
-    name = platform.processor() or platform.machine()
+def processor() -> str:
+    """Name this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        pass  # not Linux: the short name will do
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):  # not Linux: the short name will do
+        return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Name the machine and the versions that a figure belongs to, in one line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return (
         f"{device}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}"

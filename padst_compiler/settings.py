@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from padst_compiler import compat
+from padst_compiler.contest import Prefer
 
 __all__ = ["Settings"]
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "fold": ("safe", "off"),
     "verify": (True, False, "strict"),
-    "kernels": ("auto", "dense", "sparse"),
+    "kernels": ("auto", "dense", "sparse", "timed"),
     "codegen": ("inductor", "off"),
 }
 _OURS = sorted([*_CHOICES, "trace"])
@@ -28,7 +29,8 @@ class Settings:
         fold: "safe" folds what is proved; "off" leaves every permutation a gather.
         verify: compare the folded graph with the captured one in float64, and fall back to the
             captured one where something fails; "strict" raises instead.
-        kernels: "sparse" or "dense" everywhere, or "auto" by the cost model.
+        kernels: "sparse" or "dense" everywhere, "auto" by the cost model, or "timed": every
+            formulation is verified and timed here, once. What times takes the word's place.
         codegen: "off" runs every pass, then the graph node by node; Inductor takes no part.
         trace: a folder for the graph before and after every pass.
 
@@ -39,13 +41,19 @@ class Settings:
 
     fold: str = "safe"
     verify: bool | str = True
-    kernels: str = "auto"
+    kernels: Prefer = "auto"
     codegen: str = "inductor"
     trace: str | None = None
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    def parse(
+        cls, options: Mapping[str, Any] | None, mode: str | None = None
+    ) -> tuple[Settings, dict[str, Any]]:
         """Split ``options`` into ours and Inductor's.
+
+        Args:
+            options: of ``torch.compile``.
+            mode: its mode; those of "max-autotune" time kernels unless ``options`` say otherwise.
 
         Raises:
             ValueError: an unknown option or value.
@@ -69,6 +77,14 @@ class Settings:
                     f"Expected an option of {_OURS} or one of Inductor's. Got {key!r}. "
                     "See torch._inductor.list_options()."
                 )
+        generates = ours.get("codegen", "inductor") == "inductor"
+        if ours.get("kernels") == "timed" and not generates:
+            raise ValueError(
+                "Expected generated code, which alone can be timed. Got 'kernels': 'timed' and "
+                f"'codegen': {ours['codegen']!r}. Leave one of them out."
+            )
+        if generates and (mode or "").startswith("max-autotune"):
+            ours.setdefault("kernels", "timed")
         return cls(**ours), theirs
 
 

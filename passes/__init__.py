@@ -3,6 +3,7 @@
 The order is meaning. The folds run again after the choice: a site chosen dense absorbs every map.
 """
 
+from padst_compiler.contest import Prefer
 from padst_compiler.formulation import Candidates
 from padst_compiler.passes.cancel_inverse import CancelInverse
 from padst_compiler.passes.choose_formulation import ChooseFormulation
@@ -23,17 +24,16 @@ __all__ = ["FOLDS", "KeepStrides", "inference_passes", "training_passes"]
 FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 
 
-def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:
+def inference_passes(candidates: Candidates, *, prefer: Prefer, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
-    folds = FOLDS if fold else ()
-    written = (RecogniseMaps(),) if fold else ()
-    choose = ChooseFormulation(candidates, prefer=prefer)
+    folds, written = (FOLDS, (RecogniseMaps(),)) if fold else ((), ())
+    choose = ChooseFormulation(candidates, prefer)
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
     return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps())
 
 
-def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
+def training_passes(candidates: Candidates, *, prefer: Prefer) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
-    choose = ChooseFormulation(candidates, prefer=prefer)
+    choose = ChooseFormulation(candidates, prefer)
     weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights())
     return (DropWatch(), *weights, CancelInverse(), choose, LowerMaps())

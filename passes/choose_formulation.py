@@ -1,17 +1,20 @@
-"""Replace every structured operator by the formulation that is predicted to run fastest.
+"""Replace every structured operator by the formulation that runs fastest.
 
     before   y = padst.block_linear(x, values, indices, bias, 3072)
     after    t = x.view(...).transpose(0, 1).index_select(0, indices) ...
              y = bmm(t, values) ... + bias            # "bmm_token_major", or
              y = addmm(bias, x, unpack(values, indices).t())      # "dense"
 
-Predictions, not timings: the same model gets the same graph and hits the compile cache. A sparse
-formulation must promise 1.25x dense to be taken: predictions were measured to be off by up to
-30 %, and slower than dense is worse than a gain forgone. ``prefer="dense"`` and
-``prefer="sparse"`` take that side wherever it exists.
+By default that is predicted: the same model gets the same graph and hits the compile cache. A
+sparse formulation must promise 1.25x dense to be taken: predictions were measured to be off by up
+to 30 %, and slower than dense is worse than a gain forgone. With a clock it is timed, and what is
+not faster than dense beyond the noise is left out. ``prefer="dense"`` and ``prefer="sparse"`` take
+that side wherever it exists.
 
 All sites are chosen together, because memory has a format: between two feature-major sites with
-nothing but pointwise operators between them Inductor keeps ``x^T`` and transposes nothing.
+nothing but pointwise operators between them Inductor keeps ``x^T`` and transposes nothing. What
+that saves is predicted always, a share of dense's predicted cost; so a timed site counts its
+formulations in that unit too, at their measured ratios to dense.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from torch import fx
 
 from padst_compiler.compat import size_hint
+from padst_compiler.contest import Contest, Measured, Prefer
 from padst_compiler.formulation import BYTE, Candidates, Formulation, Geometry
 from padst_compiler.insertion import inline
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
@@ -41,10 +45,15 @@ _LINEAR, _DX, _DW = (frozenset(ops.values()) for ops in (LINEAR, LINEAR_DX, LINE
 
 @dataclass(frozen=True)
 class ChooseFormulation:
-    """Lower structured operators to ATen, one choice per site."""
+    """Lower structured operators to ATen, one choice per site.
+
+    Args:
+        candidates: the formulations of every operator, dense last.
+        prefer: "auto" predicts; "dense" or "sparse" takes that; a clock times.
+    """
 
     candidates: Candidates = field(repr=False)
-    prefer: str = "auto"
+    prefer: Prefer = "auto"
     name: str = "choose_formulation"
 
     def __call__(self, graph: fx.Graph, facts: Facts) -> Report:
@@ -63,14 +72,15 @@ class ChooseFormulation:
         return Report(self.name, tuple(fired))
 
     def _choose(self, sites: Mapping[fx.Node, Geometry]) -> dict[fx.Node, tuple[Formulation, str]]:
-        """Return the formulations that are predicted to cost least together, and why each."""
+        """Return the formulations that cost least together, and why each."""
         position = {node: at for at, node in enumerate(sites)}
         priced = [_priced(self.candidates[node.target], g) for node, g in sites.items()]
-        options = [self._admitted(known) for known in priced]
-        unary = [
-            np.array([c * (MARGIN if way is known[-1] else 1.0) for way, c in given.items()])
-            for given, known in zip(options, map(list, priced), strict=True)
+        timed = self._timed(sites, priced)
+        options = [
+            self._admitted(known) if found is None else _measured(known, found)
+            for known, found in zip(priced, timed, strict=True)
         ]
+        unary = [np.array(list(given.values())) for given in options]
         pairs: dict[tuple[int, int], Table] = {}
         for at, (node, geometry) in enumerate(sites.items()):
             for writer in _writers(node, sites):
@@ -85,19 +95,32 @@ class ChooseFormulation:
         together = {at for (i, j), t in pairs.items() if t[chosen[i], chosen[j]] for at in (i, j)}
         picked = {}
         for at, (node, geometry) in enumerate(sites.items()):
-            way = list(options[at])[chosen[at]]
-            why = self._why(priced[at], way, geometry)
+            way, found = list(options[at])[chosen[at]], timed[at]
+            why = self._why(priced[at], way, geometry) if found is None else _said(way, found)
             why += ", x^T kept between sites" if at in together else ""
             picked[node] = (way, why)
         return picked
 
+    def _timed(
+        self, sites: Mapping[fx.Node, Geometry], priced: Sequence[Mapping[Formulation, float]]
+    ) -> list[Measured | None]:
+        """Return what the clock says of every site; None where it is to be predicted."""
+        if isinstance(self.prefer, str):
+            return [None] * len(sites)
+        contests = [
+            Contest(_operator(node), g, node.target in _LINEAR and bool(node.args[3]), tuple(known))
+            for (node, g), known in zip(sites.items(), priced, strict=True)
+        ]
+        found = self.prefer.time(contests)
+        return [found.get(contest) for contest in contests]
+
     def _admitted(self, priced: Mapping[Formulation, float]) -> dict[Formulation, float]:
-        """Return the formulations that the preference leaves; the last one given is dense."""
-        *sparse, dense = priced
+        """Return the costs that decide of the formulations that the preference leaves."""
+        *sparse, dense = priced  # the last one given
         if self.prefer == "dense":
             sparse = []
         left = sparse if self.prefer == "sparse" and sparse else [*sparse, dense]
-        return {way: priced[way] for way in left}
+        return {way: priced[way] * (MARGIN if way is dense else 1.0) for way in left}
 
     def _why(
         self, priced: Mapping[Formulation, float], chosen: Formulation, geometry: Geometry
@@ -112,6 +135,24 @@ class ChooseFormulation:
             return f"{best.name} is predicted at {priced[dense] / priced[best]:.2f}x dense"
         asked = "sparse was asked for; " if self.prefer == "sparse" else ""
         return f"{asked}predicted {priced[dense] / priced[chosen]:.1f}x dense"
+
+
+def _measured(priced: Mapping[Formulation, float], found: Measured) -> dict[Formulation, float]:
+    """Return the costs of dense and of what is faster, in the unit of dense's prediction."""
+    dense = list(priced)[-1]
+    faster = [way for way in priced if way is not dense and found.is_faster(way.name)]
+    unit = priced[dense] / found.seconds.get(dense.name, 1.0)
+    return {way: unit * found.seconds[way.name] for way in faster} | {dense: priced[dense]}
+
+
+def _said(chosen: Formulation, found: Measured) -> str:
+    """Return what was timed, of the best sparse formulation where dense was chosen."""
+    if chosen.name in found.low:
+        return found.against(chosen.name)
+    if not found.low:
+        return "nothing else was seen to run right"
+    best = min(found.low, key=found.seconds.__getitem__)
+    return f"{best} is {found.against(best)}"
 
 
 def _priced(known: Sequence[Formulation], geometry: Geometry) -> dict[Formulation, float]:
@@ -147,7 +188,7 @@ def _writers(node: fx.Node, sites: Mapping[fx.Node, Geometry]) -> list[fx.Node]:
 
 def _geometry(node: fx.Node, facts: Facts) -> Geometry:
     first, indices = shape_of(node.args[0]), _indices(node)
-    assert first is not None and isinstance(node.target, torch._ops.OpOverload)
+    assert first is not None
     if node.target in _DW:
         second = shape_of(node.args[1])
         assert second is not None
@@ -159,7 +200,7 @@ def _geometry(node: fx.Node, facts: Facts) -> Geometry:
     values = node.args[1] if node.target not in _DW else None
     unit = _constant(node.args[3]) if values is None else unit_of(_val(values), _val(indices))
     assert isinstance(unit, Sequence)
-    structure = STRUCTURE_OF[node.target].of_storage(_val(indices), shape, unit)
+    structure = STRUCTURE_OF[_operator(node)].of_storage(_val(indices), shape, unit)
     value = node.meta["val"]
     return Geometry(
         structure=structure,
@@ -170,6 +211,11 @@ def _geometry(node: fx.Node, facts: Facts) -> Geometry:
         device=value.device.type,
         frozen=facts.is_frozen(values) and facts.is_frozen(indices),
     )
+
+
+def _operator(node: fx.Node) -> torch._ops.OpOverload:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target
 
 
 def _indices(node: fx.Node) -> fx.Node:

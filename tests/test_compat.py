@@ -1,4 +1,3 @@
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +185,19 @@ def test_a_size_that_nobody_knows_gets_a_guess() -> None:
     assert compat.size_hint(ShapeEnv().create_unbacked_symint()) == 1024
 
 
+def test_a_parameter_is_owned_by_its_module() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    owners: list[str] = []
+
+    def record(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        owners.extend(map(compat.owner_name, module.graph.find_nodes(op="placeholder")))
+        return module.forward
+
+    torch.compile(model, backend=record)(torch.ones(2, 3))
+    assert set(owners) == {"", "0", "1.0"}
+    assert compat.owner_name(fx.Graph().placeholder("x")) == ""
+
+
 # -- Inductor --------------------------------------------------------------------------------------
 
 
@@ -207,6 +219,18 @@ def test_option_names_are_inductors() -> None:
     names = compat.inductor_option_names()
     assert {"max_autotune", "epilogue_fusion", "cpp.threads", "triton.cudagraphs"} <= names
     assert names >= {name.replace("-", "_") for name in torch._inductor.list_options()}
+
+
+def test_the_cache_is_where_inductor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new"))
+    assert compat.inductor_cache() == tmp_path / "new"
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        compat.inductor_cache()
 
 
 def test_reset_works_without_a_gpu() -> None:
@@ -276,74 +300,6 @@ def test_a_list_of_passes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     both(fx.Graph())
     assert log == ["one", "two", "ours"]
     assert both.uuid() == ("id of one", "id of two", "id of ours")
-
-
-# -- the cache key ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    package = tmp_path / "padst_compiler"
-    shutil.copytree(ROOT / "padst_compiler", package)  # follows the links
-    monkeypatch.setattr(compat, "__file__", str(package / "compat.py"))
-    return package
-
-
-SHAPING = [
-    "compat.py",
-    "structures/block.py",
-    "passes/cancel_inverse.py",
-    "passes/folding/rules/products.py",
-    "kernels/block.py",
-    "ops.py",
-]
-
-
-@pytest.mark.parametrize("name", [*SHAPING, "export/onnx.py"])
-def test_an_edit_of_any_source_changes_the_digest(copied: Path, name: str) -> None:
-    before = compat.source_digest("x")
-    assert before == compat.source_digest("x")
-    source = copied / name
-    text = source.read_text("utf-8")
-    source.write_text(text + "# edited\n", "utf-8")
-    assert compat.source_digest("x") != before
-    source.write_text(text, "utf-8")
-    assert compat.source_digest("x") == before
-
-
-def test_sources_behind_a_link_are_in_the_digest(copied: Path, tmp_path: Path) -> None:
-    (copied / "passes").rename(tmp_path / "passes")
-    (copied / "passes").symlink_to(tmp_path / "passes")  # as in a checkout
-    before = compat.source_digest("x")
-    (tmp_path / "passes" / "folding" / "choice.py").write_text("", "utf-8")
-    assert compat.source_digest("x") != before
-
-
-def test_a_new_a_lost_and_a_renamed_source_change_the_digest(copied: Path) -> None:
-    digests = {compat.source_digest("x")}
-    (copied / "passes" / "new.py").write_text("", "utf-8")
-    digests.add(compat.source_digest("x"))
-    (copied / "passes" / "new.py").rename(copied / "passes" / "newer.py")
-    digests.add(compat.source_digest("x"))
-    (copied / "kernels" / "fan_in.py").unlink()
-    digests.add(compat.source_digest("x"))
-    assert len(digests) == 4
-
-
-def test_what_is_handed_in_and_torchs_version_are_in_the_digest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = compat.source_digest("x")
-    assert compat.source_digest("y") != before
-    monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert compat.source_digest("x") != before
-
-
-def test_the_digest_reads_the_real_folders() -> None:
-    """Were the links missing, three folders of sources would silently be left out of the key."""
-    root = Path(compat.__file__).resolve().parent
-    for name in SHAPING:
-        assert (root / name).is_file()
 
 
 def test_forced_strides_are_those_asked_for() -> None:

@@ -43,6 +43,11 @@ def test_every_pass_gets_a_numbered_file_with_its_report_and_both_graphs(tmp_pat
     assert (home / "02_two.txt").read_text().count("relu = exp(x)") == 2
 
 
+def test_without_a_path_passes_stay_as_they_are() -> None:
+    steps = (Named("one"), Named("two"))
+    assert dumped(steps, None) == steps
+
+
 def test_every_graph_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     steps = dumped((Named(),), tmp_path)
     for _ in range(2):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from padst_compiler.measure import Timing, machine, paired, ratio
+from padst_compiler.measure import Timing, machine, paired, processor, ratio
 
 
 class Clock:
@@ -82,3 +82,8 @@ def test_the_machine_is_named_in_one_line() -> None:
     assert f"torch {torch.__version__}" in line
     assert f"{torch.get_num_threads()} threads" in line
     assert not line.startswith(",")
+
+
+def test_the_processor_has_a_name() -> None:
+    assert processor().strip() == processor() != ""
+    assert torch.cuda.is_available() or machine().startswith(processor())

@@ -1,5 +1,7 @@
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from padst_compiler.compat import inductor_decompositions, trace_aten
+from padst_compiler.contest import Contest, Measured
 from padst_compiler.formulation import BYTE, Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, PORTABLE
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
@@ -144,6 +147,125 @@ def test_the_cheapest_is_taken_and_dense_within_the_margin(
     assert rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired == [said]
 
 
+# -- timed -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """A clock that tells what it was told."""
+
+    seconds: dict[str, float]
+    low: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+    asked: list[Contest] = field(default_factory=list)
+
+    def time(self, contests: Sequence[Contest]) -> dict[Contest, Measured]:
+        self.asked += contests
+        faster = {n: self.seconds["dense"] / t for n, t in self.seconds.items() if n != "dense"}
+        found = Measured(self.seconds, faster | self.low, {}, self.cached)
+        return {contest: found for contest in contests if len(contest.ways) > 1}
+
+
+@pytest.mark.parametrize(
+    ("clock", "said"),
+    [
+        (  # whatever was predicted, and without a margin
+            Clock({"sparse0": 1.9e-3, "sparse1": 3e-3, "dense": 2e-3}),
+            "sparse0: timed 1.05x dense (1.900 against 2.000 ms)",
+        ),
+        (
+            Clock({"sparse0": 1.9e-3, "sparse1": 1e-3, "dense": 2e-3}, cached=True),
+            "sparse1: timed 2.0x dense (1.000 against 2.000 ms), cached",
+        ),
+        (
+            Clock({"sparse0": 4e-3, "sparse1": 2.5e-3, "dense": 2e-3}),
+            "dense: sparse1 is timed 0.80x dense (2.500 against 2.000 ms)",
+        ),
+        (  # a tie
+            Clock({"sparse0": 2e-3, "sparse1": 2.5e-3, "dense": 2e-3}),
+            "dense: sparse0 is timed 1.00x dense (2.000 against 2.000 ms)",
+        ),
+        (  # faster by the medians, and slower in too many rounds
+            Clock({"sparse0": 1e-3, "sparse1": 3e-3, "dense": 2e-3}, {"sparse0": 0.9}),
+            "dense: sparse0 is timed 2.0x dense (1.000 against 2.000 ms), within the noise",
+        ),
+        (  # the fastest one is not sure, the next one is
+            Clock({"sparse0": 1e-3, "sparse1": 1.5e-3, "dense": 2e-3}, {"sparse0": 0.9}),
+            "sparse1: timed 1.33x dense (1.500 against 2.000 ms)",
+        ),
+        (  # one was dropped
+            Clock({"sparse1": 1e-3, "dense": 2e-3}),
+            "sparse1: timed 2.0x dense (1.000 against 2.000 ms)",
+        ),
+        (Clock({"dense": 2e-3}), "dense: nothing else was seen to run right"),
+    ],
+)
+def test_the_fastest_is_taken_and_dense_where_nothing_is_surely_faster(
+    rewrite: Rewrite, clock: Clock, said: str
+) -> None:
+    choose = ChooseFormulation(offered(500.0, 50.0, 100.0), prefer=clock)
+    assert rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired == [said]
+
+
+def test_dense_where_dense_itself_was_dropped(rewrite: Rewrite) -> None:
+    class Broken(Clock):
+        def time(self, contests: Sequence[Contest]) -> dict[Contest, Measured]:
+            return {contest: Measured({}, {}) for contest in contests}
+
+    choose = ChooseFormulation(offered(50.0, 100.0), prefer=Broken({}))
+    said = rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired
+    assert said == ["dense: nothing else was seen to run right"]
+
+
+def test_what_the_clock_leaves_out_is_predicted(rewrite: Rewrite) -> None:
+    class Stopped(Clock):
+        def time(self, contests: Sequence[Contest]) -> dict[Contest, Measured]:
+            return {}
+
+    for costs, said in (
+        ((79.0, 100.0), "sparse0: predicted 1.3x dense"),
+        ((81.0, 100.0), "dense: sparse0 is predicted at 1.23x dense"),
+        ((100.0,), "dense: no sparse formulation of fan_in applies here"),
+    ):
+        choose = ChooseFormulation(offered(*costs), prefer=Stopped({}))
+        assert rewrite(choose, call(FanIn()), x(9, I), **stored(FanIn())).fired == [said]
+
+
+def test_the_clock_is_asked_once_for_all_sites_with_what_applies(rewrite: Rewrite) -> None:
+    given = stored(FanIn())
+
+    def run(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = call(FanIn())(x, values, indices, bias)
+        return y, call(FanIn())(x, values, indices), LINEAR_DX["fan_in"](y, values, indices, I)
+
+    candidates = offered(None, 50.0, 100.0) | {LINEAR_DX["fan_in"]: CANDIDATES[LINEAR_DX["fan_in"]]}
+    clock = Clock({"sparse1": 1.0, "dense": 2.0})
+    rewrite(ChooseFormulation(candidates, prefer=clock), run, x(9, I), bias=x(O), **given)
+    assert [(str(c), c.bias, [w.name for w in c.ways]) for c in clock.asked] == [
+        (f"fan_in_linear {O}x{I}, 9 tokens", True, ["sparse1", "dense"]),
+        (f"fan_in_linear {O}x{I}, 9 tokens", False, ["sparse1", "dense"]),
+        (f"fan_in_linear_dx {O}x{I}, 9 tokens", False, ["dense"]),
+    ]
+    assert all(c.geometry.frozen for c in clock.asked)
+
+
+@pytest.mark.parametrize("structure", FORMS, ids=str)
+def test_a_contest_has_arguments_like_the_sites(rewrite: Rewrite, structure: Structure) -> None:
+    """The geometry that a pass reads off a graph suffices to make the operator's arguments."""
+    given = stored(structure)
+    clock = Clock({"dense": 1.0})
+
+    def run(x: Tensor, grad: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        dw = LINEAR_DW[structure.name](grad, x, indices, unit_of(values, indices))
+        return call(structure)(x, values, indices), dw
+
+    rewrite(ChooseFormulation(CANDIDATES, prefer=clock), run, x(9, I), x(9, O), **given)
+    dw, linear = (contest.arguments() for contest in clock.asked)
+    assert [t.shape for t in linear[1:3]] == [t.shape for t in given.values()]
+    assert dw[2].shape == given["indices"].shape
+    assert dw[3] == list(unit_of(*given.values()))
+
+
 # -- memory format ---------------------------------------------------------------------------------
 
 FREE = {"between": lambda h: torch.nn.functional.gelu(h) * 2.0, "saves": True}
@@ -152,8 +274,9 @@ USED = {"between": lambda h: h + h.sum(-1, keepdim=True), "saves": False}  # no 
 
 @pytest.mark.parametrize("between", [FREE, USED], ids=["pointwise", "reduction"])
 @pytest.mark.parametrize("margin", [0.9, 1.1])
+@pytest.mark.parametrize("timed", [False, True])
 def test_sites_stay_feature_major_together_where_that_costs_least(
-    rewrite: Rewrite, between: dict[str, Any], margin: float
+    rewrite: Rewrite, between: dict[str, Any], margin: float, timed: bool
 ) -> None:
     width, tokens = 16, 9
     saved = 2.0 * BYTE * tokens * width * 8
@@ -162,8 +285,8 @@ def test_sites_stay_feature_major_together_where_that_costs_least(
     way = CANDIDATES[LINEAR["fan_in"]][-1].run
     known = {
         LINEAR["fan_in"]: [
-            Formulation("features", way, lambda _: fm, feature_major=True),
-            Formulation("tokens", way, lambda _: tm),
+            Formulation("features", way, lambda _: 1e8 if timed else fm, feature_major=True),
+            Formulation("tokens", way, lambda _: 3e8 if timed else tm),
             Formulation("dense", way, lambda _: 4e9),
         ]
     }
@@ -178,7 +301,11 @@ def test_sites_stay_feature_major_together_where_that_costs_least(
     for at in "01":
         indices = structure.select(x(width, width), structure.kept(Shape(width, width), 0.5))
         given |= {f"i{at}": indices, f"v{at}": structure.pack(x(width, width), indices)}
-    said = rewrite(ChooseFormulation(known), two, x(tokens, width), **given).fired
+    # A timing counts by its ratio to dense: what is predicted does not matter, but dense's cost.
+    clock = Clock({"features": fm / 4e9, "tokens": tm / 4e9, "dense": 1.0})
+    choose = ChooseFormulation(known, prefer=clock if timed else "auto")
+    said = rewrite(choose, two, x(tokens, width), **given).fired
+    said = [re.sub(r" \(.* ms\)", "", line).replace("timed", "predicted") for line in said]
     together = "features: predicted 4.0x dense, x^T kept between sites"
     alone = "tokens: predicted 4.0x dense"
     assert said == [together if between["saves"] and margin < 1.0 else alone] * 2
@@ -256,5 +383,6 @@ def targets(graph: torch.fx.Graph) -> set[str]:
 
 def test_the_cache_key_of_the_pass_names_the_preference() -> None:
     keys = {repr(ChooseFormulation(CANDIDATES, prefer=p)) for p in ("auto", "dense", "sparse")}
-    assert len(keys) == 3
+    keys.add(repr(ChooseFormulation(CANDIDATES, prefer=Clock({}))))
+    assert len(keys) == 4
     assert not any("0x" in key for key in keys)  # no address: the key must be the same tomorrow
