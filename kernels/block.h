@@ -1,15 +1,14 @@
 // Blocks: the sums of a few tokens and a row of blocks stay in registers.
 namespace padst {
 
-// The blocks that some outputs sum over: which of the inputs each reads, and where its weights lie.
+// The blocks that some outputs sum over: which block of inputs each reads; null for the first one.
 struct Blocks {
-  const int32_t* columns;  // the block of inputs; null for the first one
-  const int32_t* places;   // the block of weights; null for one after the other
+  const int32_t* columns;
   int64_t count;
 };
 
 // out[r][n] = sum over blocks j and inputs k of
-//   x[r * row + (columns[j] * C + k) * step] * w[(places[j] * C + k) * ldw + n]
+//   x[r * row + (columns[j] * C + k) * step] * w[(j * C + k) * ldw + n]
 // for R tokens and N outputs. A C of 0 takes the number of inputs from `length`.
 template <int R, int N, int C>
 PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, Blocks blocks,
@@ -28,7 +27,7 @@ PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, 
       for (int v = 0; v < V; v++) sums[u][r][v] = vec<L>{};
   for (int64_t j = 0; j < blocks.count; j++) {
     const float* xs = blocks.columns ? x + blocks.columns[j] * inputs * step : x;
-    const float* ws = w + (blocks.places ? blocks.places[j] : j) * inputs * ldw;
+    const float* ws = w + j * inputs * ldw;
     for (int64_t k = 0; k < inputs; k += U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; u++) {
@@ -69,37 +68,40 @@ PADST_INLINE int tile_of(const float* x, int64_t row, int64_t step, Blocks block
 // The blocks of all groups of outputs: the same number each, or those of group g from starts[g] on.
 struct Layout {
   const int32_t* columns;
-  const int32_t* places;
   const int32_t* starts;
   int64_t kept, groups;
 
+  PADST_INLINE int64_t first(int64_t group) const { return starts ? starts[group] : group * kept; }
   PADST_INLINE Blocks of(int64_t group) const {
-    if (!starts) return {columns + group * kept, nullptr, kept};
-    return {columns + starts[group], places + starts[group], starts[group + 1] - starts[group]};
+    return {columns + first(group), starts ? starts[group + 1] - starts[group] : kept};
   }
-  PADST_INLINE int64_t first(int64_t group) const { return starts ? 0 : group * kept; }
 };
 
-// The same blocks by block column: what sums over rows of blocks reads.
-class ByColumn {
+// The blocks (OUT, IN) of w turned, one block column after the other: what sums over rows of blocks.
+template <int IN, int OUT> class ByColumn {
  public:
-  ByColumn(const int32_t* indices, int64_t rows, int64_t kept, int64_t columns)
-      : starts_(columns + 1), rows_(rows * kept), places_(rows * kept), columns_(columns) {
+  ByColumn(const float* w, const int32_t* indices, int64_t rows, int64_t kept, int64_t columns,
+           int threads)
+      : weights(rows * kept * IN * OUT), starts_(columns + 1), rows_(rows * kept), columns_(columns) {
+    constexpr int L = lanes(OUT);
     for (int64_t j = 0; j < rows * kept; j++) starts_[indices[j] + 1]++;
     for (int64_t c = 0; c < columns; c++) starts_[c + 1] += starts_[c];
-    std::vector<int32_t> next(starts_.begin(), starts_.end() - 1);
-    for (int64_t j = 0; j < rows * kept; j++) {
-      const int32_t at = next[indices[j]]++;
-      rows_[at] = (int32_t)(j / kept);
-      places_[at] = (int32_t)j;
+    std::vector<int32_t> next(starts_.begin(), starts_.end() - 1), from(rows * kept);
+    for (int64_t j = 0; j < rows * kept; j++) from[next[indices[j]]++] = (int32_t)j;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t at = 0; at < rows * kept; at++) {
+      rows_[at] = (int32_t)(from[at] / kept);
+      for (int c = 0; c < OUT; c += L)
+        to_lines<L, OUT>(w + ((int64_t)from[at] * OUT + c) * IN, IN, L, IN,
+                         weights.begin + at * IN * OUT + c);
     }
   }
-  Layout layout() const {
-    return {rows_.data(), places_.data(), starts_.data(), 0, columns_};
-  }
+  Layout layout() const { return {rows_.data(), starts_.data(), 0, columns_}; }
+
+  const Aligned weights;
 
  private:
-  std::vector<int32_t> starts_, rows_, places_;
+  std::vector<int32_t> starts_, rows_;
   int64_t columns_;
 };
 
@@ -159,7 +161,7 @@ PADST_INLINE void block_gradient(const float* x, int64_t x_row, int64_t inputs, 
         for (int64_t slot = 0; slot < kept; slot++) {
           const float* const block = by_block.begin + columns[row * kept + slot] * chunk * IN;
           for (int64_t k = 0, done; k < IN; k += done, sums += done * N) {
-            done = tile_of<N, 0>(block + k, 1, IN, {nullptr, nullptr, 1}, outputs.begin, N, count,
+            done = tile_of<N, 0>(block + k, 1, IN, {nullptr, 1}, outputs.begin, N, count,
                                  tile, IN - k);
             for (int64_t n = 0; n < done * N; n++) sums[n] += tile[n];
           }

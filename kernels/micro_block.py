@@ -5,7 +5,7 @@ The operators themselves stay in the graph and Inductor lowers them by ``LOWERIN
 
 ========  =========================================================================================
 linear    sums of a few tokens and a row of blocks over its blocks
-dx        the same over the blocks of a block column, which are listed first; weights transposed
+dx        the same over the blocks of a block column, which are turned and listed first
 dw        sums of a few inputs and a block's outputs over tokens, its gradients side by side
 ========  =========================================================================================
 """
@@ -34,7 +34,7 @@ ROW = """
 LINEAR_CALL = (
     ROW
     + """
-    const padst::Layout blocks{INDICES, nullptr, nullptr, {{KEPT}}, {{GROUPS}}};
+    const padst::Layout blocks{INDICES, nullptr, {{KEPT}}, {{GROUPS}}};
     padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
         X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W, blocks, {{out_map}}, threads, store);
 """
@@ -42,10 +42,11 @@ LINEAR_CALL = (
 DX_CALL = (
     ROW
     + """
-    const padst::ByColumn by_column(INDICES, {{COUNT // KEPT}}, {{KEPT}}, {{GROUPS}});
+    const padst::ByColumn<{{IN}}, {{OUT}}> turned(
+        W, INDICES, {{COUNT // KEPT}}, {{KEPT}}, {{GROUPS}}, threads);
     padst::block_sums<{{N}}, {{IN}}, {{OUT}}, {{ROW}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W, by_column.layout(), {{out_map}},
-        threads, store);
+        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, turned.weights.begin, turned.layout(),
+        {{out_map}}, threads, store);
 """
 )
 DW_CALL = """
@@ -198,7 +199,7 @@ def _dx(grad: Any, values: Any, indices: Any, in_features: Any, in_map: Any, out
     (inputs,) = cpp.numbers([in_features])
     numbers = {"GROUPS": inputs // c, "COUNT": rows * kept, "KEPT": kept, "IN": r, "OUT": c}
     numbers |= {"N": width(c), "WEIGHTS": rows * kept * c * r}
-    tensors = {"W": cpp.transposed(values), "INDICES": indices}
+    tensors = {"W": values, "INDICES": indices}
     text, maps = source(DX_CALL, "block.h"), (in_map, out_map)
     return sums("padst_block_dx", text, grad, tensors, maps, inputs, numbers, apart=False)
 

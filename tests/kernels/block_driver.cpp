@@ -39,16 +39,15 @@ template <int OUT, int IN> static void run(const Case& c) {
     block_gradient<N, IN, OUT>(x.data(), c.row, c.features, w.data(), results, c.tokens, indices.data(), rows,
                                c.kept, c.threads, store);
   } else {
-    const ByColumn by(indices.data(), rows, c.kept, dx ? c.columns : 1 << 20);
-    const Layout layout =
-        dx ? by.layout() : Layout{indices.data(), nullptr, nullptr, c.kept, rows};
+    const ByColumn<IN, OUT> by(w.data(), indices.data(), dx ? rows : 0, c.kept, c.columns, c.threads);
+    const Layout layout = dx ? by.layout() : Layout{indices.data(), nullptr, c.kept, rows};
     const auto map = take<int64_t>(c.read == (int)Read::THROUGH ? wide : 0);
     check_map(map.data(), (int64_t)map.size(), c.features);
     const auto to = take<int64_t>(c.moved ? results : 0);
     check_map(to.data(), (int64_t)to.size(), results);
     const auto sums = [&](auto read, auto moved) {
       block_sums<N, IN, OUT, 0, decltype(read)::value, decltype(moved)::value>(
-          x.data(), c.row, c.tokens, c.features, wide, map.data(), w.data(), layout, to.data(), c.threads, store);
+          x.data(), c.row, c.tokens, c.features, wide, map.data(), dx ? by.weights.begin : w.data(), layout, to.data(), c.threads, store);
     };
     const auto reads = [&](auto read) {
       if (c.moved) sums(read, std::true_type()); else sums(read, std::false_type());

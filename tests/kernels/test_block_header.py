@@ -106,7 +106,7 @@ class Problem:
             self.expected = x @ dense.T
         elif kind == "dx":
             self.expected = x @ dense
-            weights, out, inner = np.ascontiguousarray(values.swapaxes(2, 3)), c, r
+            out, inner = c, r
         else:
             weights = other
         numbers = (KINDS.index(kind), out, inner, tokens, rows, kept, columns, row, read, features)
