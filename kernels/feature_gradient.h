@@ -18,16 +18,6 @@ struct Slots {
   }
 };
 
-// Memory that whole vectors are read from.
-class Rows {
- public:
-  explicit Rows(int64_t numbers) : memory_(new float[numbers + 16]) {}
-  float* data() const { return (float*)(((uintptr_t)memory_.get() + 63) / 64 * 64); }
-
- private:
-  std::unique_ptr<float[]> memory_;
-};
-
 constexpr int64_t parts_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
 
 // -- inputs ---------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ DW_CALL = """
     {%- set fixed, moving = ("X", "G") if DOWN else ("G", "X") %}
     padst::diagonal_gradient<{{N}}>(
         {{fixed}}, {{kernel.stride(inputs[fixed], 0)}}, {{LENGTH}}, {{moving}},
-        {{kernel.stride(inputs[moving], 0)}}, {{AROUND}}, tokens, INDICES, {{COUNT}}, threads, store);
+        {{kernel.stride(inputs[moving], 0)}}, {{AROUND}}, tokens, INDICES, {{COUNT}}, threads,
+        store);
 """
 
 

@@ -1,12 +1,14 @@
 """Gradients of fan-in and N:M in C++: weights listed by what they read. fp32 on a CPU.
 
-The operators themselves stay in the graph and Inductor lowers them by ``LOWERINGS``. N:M is constant
-fan-in whose places are counted in a group.
+The operators themselves stay in the graph and Inductor lowers them by ``LOWERINGS``. N:M is
+constant fan-in whose places are counted in a group.
 
-========  =========================================================================================
-dx        an input sums rows of 32 tokens of the gradient, 256 outputs' rows at a time
-dw        a weight is the product of two rows of up to 208 tokens, sixteen weights at once
-========  =========================================================================================
+===========  ======================================================================================
+dx           an input sums rows of 32 tokens of the gradient, 256 outputs' rows at a time
+dw           a weight is the product of two rows of up to 208 tokens, sixteen weights at once
+dw of N:M    sixteen outputs pick out of a group in registers, summed over tokens: AVX-512, groups
+             of up to 32
+===========  ======================================================================================
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ from padst_compiler.structures import NM, FanIn, Structure
 __all__ = ["DW_FORMS", "DX_FORMS", "LOWERINGS"]
 
 DOWN, ACROSS = 16, 32  # features and tokens of a tile
+GROUP = 32  # inputs that lie in registers
 
 DX_CALL = """
     padst::feature_dx(
         X, row, tokens, {{FEATURES}}, {{in_map}}, W,
         {INDICES, {{I}}, {{GROUPS}}, {{EACH}}, {{WIDTH}}}, {{out_map}}, threads, store);
+"""
+PICKED_CALL = """
+    padst::picked_gradient<{{WIDTH}}, {{EACH}}, {{GROUPS}}>(
+        X, row, G, {{kernel.stride(G, 0)}}, tokens, INDICES, {{OUTPUTS}}, threads, store);
 """
 DW_CALL = """
     padst::feature_dw(
@@ -63,30 +70,60 @@ def dw_of(kind: type[Structure]) -> Callable[..., Tensor]:
     return dw
 
 
-# Shares of the rate of a dense product (1 thread, AVX-512, 90 %), and what listing a weight costs.
-DX_RATE, DW_RATE, LISTED = 0.22, 0.2, 10.0
+# Shares of the rate of a dense product (1 thread, AVX-512, 90 %), and how many times as long as
+# moving a weight listing it takes.
+DX_RATE, DX_LISTED = 0.25, 13.0
+DW_RATE, DW_LISTED = 0.2, 2.0
+FAR_RATE, FAR_LISTED = 0.16, 9.0  # the inputs do not stay in the cache: listed in spans
+PICKED_RATE, PICKED_LISTED = 0.27, 4.0
+CACHED = 160 * 1024  # numbers
+MOST = 12  # weights of a group whose sums stay in registers
 
 
-def _cost(g: Geometry, features: int, rate: float) -> float | None:
+def picks(width: int, each: int) -> bool:
+    """Whether outputs pick out of groups of ``width`` inputs in registers, ``each`` from each."""
+    vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return vectors and width <= GROUP and each <= MOST
+
+
+def _cost(g: Geometry, features: int, rate: float, listed: float) -> float | None:
     if not isinstance(g.structure, FanIn | NM) or features % DOWN or not fits(g):
         return None
-    kept, tokens = g.nnz // g.shape.out_features, -(-g.tokens // ACROSS) * ACROSS
-    listed = LISTED * moved(g.nnz, torch.float32.itemsize)
+    kept, tokens = g.nnz // g.shape.out_features, -(-g.tokens // DOWN) * DOWN
     rate, casts = widening(g, rate)
-    return gemm(tokens, kept, g.shape.out_features, efficiency=rate) + listed + casts
+    product = gemm(tokens, kept, g.shape.out_features, efficiency=rate)
+    return product + listed * moved(g.nnz, torch.float32.itemsize) + casts
+
+
+def _picked(g: Geometry) -> bool:
+    return isinstance(g.structure, NM) and picks(g.structure.m, g.kept)
 
 
 def _dx_cost(g: Geometry) -> float | None:
-    return _cost(g, g.shape.in_features, DX_RATE)
+    return _cost(g, g.shape.in_features, DX_RATE, DX_LISTED)
 
 
 def _dw_cost(g: Geometry) -> float | None:
-    return _cost(g, g.shape.out_features, DW_RATE)
+    if _picked(g):
+        return None
+    far = g.shape.in_features * min(g.tokens, 208) > CACHED
+    rate, listed = (FAR_RATE, FAR_LISTED) if far else (DW_RATE, DW_LISTED)
+    return _cost(g, g.shape.out_features, rate, listed)
+
+
+def _picked_cost(g: Geometry) -> float | None:
+    return _cost(g, g.shape.out_features, PICKED_RATE, PICKED_LISTED) if _picked(g) else None
 
 
 _KINDS: tuple[type[Structure], ...] = (FanIn, NM)
-DX_FORMS = {k.name: Formulation("feature_kernel", wide(dx_of(k)), _dx_cost) for k in _KINDS}
-DW_FORMS = {k.name: Formulation("feature_kernel", wide(dw_of(k)), _dw_cost) for k in _KINDS}
+DX_FORMS = {k.name: (Formulation("feature_kernel", wide(dx_of(k)), _dx_cost),) for k in _KINDS}
+DW_FORMS = {
+    k.name: (
+        Formulation("micro_kernel", wide(dw_of(k)), _picked_cost),
+        Formulation("feature_kernel", wide(dw_of(k)), _dw_cost),
+    )[k is FanIn :]
+    for k in _KINDS
+}
 
 
 # -- lowerings -------------------------------------------------------------------------------------
@@ -131,8 +168,21 @@ def _dw(grad: Any, x: Any, indices: Any) -> Any | None:
         return None
     rows = slots["OUTPUTS"] // DOWN * slots["GROUPS"] * slots["EACH"]
     flat = cpp.view(indices, [rows * DOWN])
-    text = source(DW_CALL, "features.h", "feature_gradient.h")
-    y = gradient("padst_feature_dw", text, grad, x, flat, (rows, DOWN), slots | {"N": DOWN})
+    picked = slots["GROUPS"] > 1 and picks(slots["WIDTH"], slots["EACH"])
+    text = (
+        source(PICKED_CALL, "select.h", "select_gradient.h")
+        if picked
+        else source(DW_CALL, "features.h", "feature_gradient.h")
+    )
+    y = gradient(
+        "padst_picked_dw" if picked else "padst_feature_dw",
+        text,
+        grad,
+        x,
+        flat,
+        (rows, DOWN),
+        slots | {"N": DOWN},
+    )
     return y and cpp.view(y, indices.get_size())
 
 
@@ -146,5 +196,7 @@ def _slots(indices: Any, inputs: Any) -> dict[str, int] | None:
 
 
 LOWERINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    op: lower_dx(op) for kind in _KINDS for op in (LINEAR_DX[kind.name], MAPPED[LINEAR_DX[kind.name]])
+    op: lower_dx(op)
+    for kind in _KINDS
+    for op in (LINEAR_DX[kind.name], MAPPED[LINEAR_DX[kind.name]])
 } | {op: lower_dw(op) for op in (LINEAR_DW[kind.name] for kind in _KINDS)}

@@ -36,8 +36,8 @@ _SPARSE = {
         micro_features.FAN_IN_FORM,
         *fan_in.FAN_IN_LINEAR,
     ),
-    **{LINEAR_DX[name]: (way,) for name, way in micro_gradients.DX_FORMS.items()},
-    **{LINEAR_DW[name]: (way,) for name, way in micro_gradients.DW_FORMS.items()},
+    **{LINEAR_DX[name]: ways for name, ways in micro_gradients.DX_FORMS.items()},
+    **{LINEAR_DW[name]: ways for name, ways in micro_gradients.DW_FORMS.items()},
 }
 
 
