@@ -8,6 +8,7 @@ it lies, from a copy that is laid out apart, or through ``in_map``; outputs may 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "ALONE",
     "BODY",
     "fits",
+    "gradient",
     "has_products_of",
     "source",
     "sums",
@@ -171,3 +173,31 @@ def sums(
     }
     y = cpp.run(name, text, {"X": flat, **tensors, **given}, (flat.get_size()[0], outputs), values)
     return cpp.view(y, [*shape[:-1], outputs])
+
+
+def gradient(
+    name: str,
+    text: str,
+    grad: Any,
+    x: Any,
+    indices: Any,
+    sizes: tuple[int, int],
+    numbers: Mapping[str, Any],
+) -> Any:
+    """Return what a kernel of a gradient of weights computes, or None where it is not of fp32.
+
+    Args:
+        name: in generated code.
+        text: of the kernel; it reads ``X``, ``G`` and ``INDICES``.
+        grad: ``(..., outputs)``, any strides.
+        x: ``(..., inputs)``, any strides.
+        indices: of the weights.
+        sizes: of the result; the second is a whole number of ``N``.
+        numbers: what else the text names: ``N`` at least.
+    """
+    tensors = (grad, x)
+    if any(t.get_device().type != "cpu" or t.get_dtype() is not torch.float32 for t in tensors):
+        return None
+    flat = {key: cpp.view(t, [-1, t.get_size()[-1]]) for key, t in (("X", x), ("G", grad))}
+    known = {"ROWS": 16, "ALONE": ALONE, "CHECKED": [], "WEIGHTS": math.prod(sizes)}
+    return cpp.run(name, text, flat | {"INDICES": indices}, sizes, known | dict(numbers))

@@ -22,7 +22,7 @@ from torch import Tensor
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import MAPPED
-from padst_compiler.kernels.micro import ALONE, fits, source, sums, wide, widening, width
+from padst_compiler.kernels.micro import fits, gradient, source, sums, wide, widening, width
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block
 
@@ -147,22 +147,9 @@ def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     if blocks is None or not width(blocks["R"]):
         return cpp.fallback(LINEAR_DW["block"], grad, x, indices, unit)
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
-    numbers = {
-        "GROUPS": rows,
-        "KEPT": kept,
-        "IN": c,
-        "OUT": r,
-        "N": width(r),
-        "WEIGHTS": rows * kept * c * r,
-        "ROWS": 16,
-        "ALONE": ALONE,
-        "CHECKED": [],
-    }
-    flat = {name: cpp.view(t, [-1, t.get_size()[-1]]) for name, t in (("X", x), ("G", grad))} | {
-        "INDICES": indices
-    }
-    text = source(DW_CALL, "block.h")
-    y = cpp.run("padst_block_dw", text, flat, (rows * kept * c, r), numbers)
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": width(r)}
+    text, sizes = source(DW_CALL, "block.h"), (rows * kept * c, r)
+    y = gradient("padst_block_dw", text, grad, x, indices, sizes, numbers)
     return cpp.view(y, [rows, kept, c, r])
 
 

@@ -14,6 +14,7 @@ from padst_compiler.kernels import (
     micro_block,
     micro_diagonal,
     micro_features,
+    micro_gradients,
     micro_select,
 )
 from padst_compiler.kernels.dense import dense
@@ -29,11 +30,14 @@ _SPARSE = {
     LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM, *fan_in.NM_LINEAR),
     LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM, *fan_in.DIAGONAL_LINEAR),
     LINEAR_DX["diagonal"]: (micro_diagonal.DX_FORM,),
+    LINEAR_DW["diagonal"]: (micro_diagonal.DW_FORM,),
     LINEAR["fan_in"]: (
         micro_select.FAN_IN_FORM,
         micro_features.FAN_IN_FORM,
         *fan_in.FAN_IN_LINEAR,
     ),
+    **{LINEAR_DX[name]: ways for name, ways in micro_gradients.DX_FORMS.items()},
+    **{LINEAR_DW[name]: ways for name, ways in micro_gradients.DW_FORMS.items()},
 }
 
 
@@ -56,6 +60,6 @@ PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 @cache
 def install() -> None:
     """Let Inductor lower the operators that kernels run; once in a process."""
-    for kernels in (micro_block, micro_diagonal, micro_features, micro_select):
+    for kernels in (micro_block, micro_diagonal, micro_features, micro_gradients, micro_select):
         for op, lowering in kernels.LOWERINGS.items():
             cpp_templates.lower(op, lowering)

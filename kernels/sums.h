@@ -26,6 +26,16 @@ struct Around {
   bool wraps;
 };
 
+// Memory for numbers that whole vectors are read from.
+class Rows {
+ public:
+  explicit Rows(int64_t numbers) : memory_(new float[numbers + 16]) {}
+  float* data() const { return (float*)(((uintptr_t)memory_.get() + 63) / 64 * 64); }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+};
+
 constexpr int MOST = 16;  // rows of a tile
 
 // How many tokens have room for their sums of n outputs beside one row of weights.

@@ -8,6 +8,7 @@ from padst_compiler.kernels import (
     micro_block,
     micro_diagonal,
     micro_features,
+    micro_gradients,
     micro_select,
 )
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
@@ -21,6 +22,11 @@ OFFERED = {
     "diagonal_linear": "micro_kernel embedding_bag",
     "diagonal_linear_dx": "micro_kernel",
     "fan_in_linear": "micro_kernel feature_kernel embedding_bag",
+    "nm_linear_dx": "feature_kernel",
+    "nm_linear_dw": "micro_kernel feature_kernel",
+    "fan_in_linear_dx": "feature_kernel",
+    "fan_in_linear_dw": "feature_kernel",
+    "diagonal_linear_dw": "micro_kernel",
 }
 
 
@@ -43,10 +49,11 @@ def test_inductor_lowers_every_operator_that_takes_maps_and_has_a_kernel() -> No
     from torch._inductor.lowering import lowerings
 
     install()
-    kernels = (micro_block, micro_diagonal, micro_features, micro_select)
+    kernels = (micro_block, micro_diagonal, micro_features, micro_gradients, micro_select)
     known = {op for module in kernels for op in module.LOWERINGS}
     assert known <= set(lowerings)
     for op in IN_MAP:
-        made_for = op.name().removeprefix("padst::").startswith("block") or "sums" in op.name()
-        assert (op in known) is made_for
+        name = op.name().removeprefix("padst::")
+        turned = "_dx" in name and name.startswith(("fan_in", "nm"))
+        assert (op in known) is (name.startswith("block") or "sums" in name or turned)
     assert torch.ops.padst.permute.default not in known
