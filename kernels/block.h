@@ -106,7 +106,8 @@ class ByColumn {
 // Every sum of x (tokens, inputs) and blocks (IN, OUT), N outputs at once. Rows that lie a multiple
 // of a page apart share few lines of the cache: read APART, they have 16 zeros between them.
 // A ROW of 0 is known at run time only: rows are `row` apart.
-template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, typename Store>
+template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, int CHUNK = 32,
+          typename Store>
 PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_t inputs,
                              const int64_t* in_map, const float* w, const Layout& layout,
                              const int64_t* out_map, int threads, const Store& store) {
@@ -117,7 +118,7 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
     const float* weights = w + layout.first(group) * IN * OUT + inside;
     return tile_of<N, IN>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
   };
-  all_sums<N, 32, READ, MOVED>(x, row, tokens, inputs, in_map, {0, 16, false},
+  all_sums<N, CHUNK, READ, MOVED>(x, row, tokens, inputs, in_map, {0, 16, false},
                                layout.groups * PARTS, out_map, threads, tile, store);
 }
 
