@@ -14,6 +14,7 @@ from padst_compiler.kernels import (
     micro_block,
     micro_diagonal,
     micro_features,
+    micro_mlp,
     micro_select,
 )
 from padst_compiler.kernels.dense import dense
@@ -56,6 +57,6 @@ PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 @cache
 def install() -> None:
     """Let Inductor lower the operators that kernels run; once in a process."""
-    for kernels in (micro_block, micro_diagonal, micro_features, micro_select):
+    for kernels in (micro_block, micro_diagonal, micro_features, micro_mlp, micro_select):
         for op, lowering in kernels.LOWERINGS.items():
             cpp_templates.lower(op, lowering)
