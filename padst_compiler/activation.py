@@ -1,12 +1,12 @@
-"""Activations that a fused MLP knows, each known by what it computes: models spell them in many ways.
+"""Activations of a fused MLP, known by what they compute: models spell them in many ways.
 
-==============  ===================================================================================
+==============  ===============================================================================
 ``relu``        ``max(x, 0)``
 ``gelu``        ``x (1 + erf(x / sqrt 2)) / 2``
 ``gelu_tanh``   its approximation ``x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``
 ``silu``        ``x / (1 + exp(-x))``
 ``quick_gelu``  ``x / (1 + exp(-1.702 x))``
-==============  ===================================================================================
+==============  ===============================================================================
 
 Example:
     >>> recognise(lambda x: 0.5 * x * (1.0 + torch.erf(x / 2**0.5)))

@@ -9,6 +9,7 @@ from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.fold_permutations import FoldPermutations
+from padst_compiler.passes.fuse_mlp import FuseMlp
 from padst_compiler.passes.keep_strides import KeepStrides
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.passes.lower_weights import LowerWeights
@@ -29,7 +30,7 @@ def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tupl
     written = (RecogniseMaps(),) if fold else ()
     choose = ChooseFormulation(candidates, prefer=prefer)
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
-    return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps())
+    return (DropWatch(), *weights, *written, *folds, choose, *folds, FuseMlp(), LowerMaps())
 
 
 def training_passes(candidates: Candidates, *, prefer: str) -> tuple[Pass, ...]:
