@@ -78,7 +78,8 @@ def run(
 
     Args:
         name: in generated code.
-        source: the body; it knows the inputs, ``Y``, ``values`` and ``threads`` by name.
+        source: the body; it knows the inputs, ``Y``, ``values`` and ``threads`` by name, where it
+            takes ``buffers`` and points to the inputs in them.
         inputs: tensors of the graph: two-dimensional ones with unit stride in their last dimension,
             others contiguous.
         sizes: of the result.
@@ -155,6 +156,7 @@ def _template() -> Any:
                     result, out, followers, reindexers, default_reindexers=plain
                 )
             inputs = dict(zip(self.names, self.input_nodes, strict=True))
+            buffers = {x.get_name(): (f"{name}_buffer", x) for name, x in inputs.items()}
             with ExitStack() as stack:
                 if made is not out:
                     types = self._fake_get_dtype(made)
@@ -164,6 +166,7 @@ def _template() -> Any:
                     kernel=kernel,
                     export=get_export_declaration(),
                     inputs=inputs,
+                    buffers=dict(buffers.values()),  # two inputs may be parts of one
                     result=result,
                     flat=flat,
                     made=made,
