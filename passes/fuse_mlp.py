@@ -107,6 +107,8 @@ class _Between:
         inside = {self.first, *self.nodes}
         if self.first.target is BLOCK_MLP:
             raise _NotFusedError("the first layer is fused with the one before it")
+        if any(site.args[3] is not None for site in (self.first, self.second)):
+            raise _NotFusedError("a bias is part of a layer, no kernel of ours")
         if any(node.target is PERMUTE for node in self.nodes):
             raise _NotFusedError("a permutation stands between the layers")
         if any(is_random(node) for node in self.nodes):
@@ -197,7 +199,7 @@ def _fuse(graph: fx.Graph, between: _Between, activation: str, facts: Facts) -> 
     def run(
         x: Tensor, v1: Tensor, i1: Tensor, v2: Tensor, i2: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        bias = None if bias is None else bias.float()
+        bias = None if bias is None else bias.to(x.dtype)
         y: Tensor = BLOCK_MLP(x, v1, i1, bias, v2, i2, hidden, width, activation, None, None)
         return y
 
