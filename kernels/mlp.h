@@ -18,13 +18,14 @@ PADST_INLINE void block_mlp(const float* x, int64_t row, int64_t tokens, int64_t
                             const float* bias, const float* w2, const Layout& layout2,
                             const int64_t* out_map, int threads, const Activate& activate,
                             const Store& store) {
-  constexpr int N = First::N;
+  constexpr int N = First::N, L = lanes(N);
   constexpr int64_t WIDTH = HIDDEN + 16, STEP = First::STEP, CHUNK = First::CHUNK;
   const auto chunk = [&](int64_t first, int64_t count, int workers, float* hidden)
                          __attribute__((noinline)) {
     const auto keep = [&](int64_t t, int64_t rows, int64_t n, float* tile) {
       for (int64_t r = 0; bias && r < rows; r++)
-        for (int64_t v = 0; v < N; v++) tile[r * N + v] += bias[n + v];
+        for (int64_t v = 0; v < N; v += L)
+          padst::store<L>(tile + r * N + v, load<L>(tile + r * N + v) + load<L>(bias + n + v));
       activate(tile, rows * N);
       for (int64_t r = 0; r < rows; r++)
         std::memcpy(hidden + (t + r) * WIDTH + n, tile + r * N, sizeof(float) * N);

@@ -47,7 +47,7 @@ class FuseMlp:
         """Fuse every pair of the graph that can be; a layer belongs to one pair."""
         fired, left = [], []
         for second in list(graph.find_nodes(op="call_function", target=SITE)):
-            between = _Between.of(second)
+            between = _Between.of(second, facts)
             if between is None:
                 continue
             names = [facts.owner(_indices(site)) for site in (between.first, second)]
@@ -77,8 +77,11 @@ class _Between:
     bias: fx.Node | None = None
 
     @staticmethod
-    def of(second: fx.Node) -> _Between | None:
-        """Return what is between a site and the one whose features it reads, if it reads one's."""
+    def of(second: fx.Node, facts: Facts) -> _Between | None:
+        """Return what is between a site and the one whose features it reads.
+
+        None where it reads those of several, or what other inputs have been mixed into.
+        """
         sites, nodes, others = set(), set(), set()
         waiting = [as_node(second.args[0])]
         while waiting:
@@ -94,7 +97,7 @@ class _Between:
                 near = {source for source in node.all_input_nodes if _is_alike(source, node)}
                 others |= set() if node.target in VIEWS else set(node.all_input_nodes) - near
                 waiting += near
-        if len(sites) != 1:
+        if len(sites) != 1 or not all(facts.is_settled(other) for other in others):
             return None
         return _Between(sites.pop(), second, [n for n in second.graph.nodes if n in nodes], others)
 
