@@ -26,8 +26,7 @@ FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 
 def inference_passes(candidates: Candidates, *, prefer: str, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
-    folds = FOLDS if fold else ()
-    written = (RecogniseMaps(),) if fold else ()
+    folds, written = (FOLDS, (RecogniseMaps(),)) if fold else ((), ())
     choose = ChooseFormulation(candidates, prefer=prefer)
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
     return (DropWatch(), *weights, *written, *folds, choose, *folds, FuseMlp(), LowerMaps())
