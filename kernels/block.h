@@ -92,8 +92,8 @@ template <int IN, int OUT> class ByColumn {
     for (int64_t at = 0; at < rows * kept; at++) {
       rows_[at] = (int32_t)(from[at] / kept);
       for (int c = 0; c < OUT; c += L)
-        to_lines<L, OUT>(w + ((int64_t)from[at] * OUT + c) * IN, IN, L, IN,
-                         weights.begin + at * IN * OUT + c);
+        to_lines<L>(w + ((int64_t)from[at] * OUT + c) * IN, IN, L, IN, OUT,
+                    weights.begin + at * IN * OUT + c);
     }
   }
   Layout layout() const { return {rows_.data(), starts_.data(), 0, columns_}; }
@@ -108,7 +108,8 @@ template <int IN, int OUT> class ByColumn {
 // Every sum of x (tokens, inputs) and blocks (IN, OUT), N outputs at once. Rows that lie a multiple
 // of a page apart share few lines of the cache: read APART, they have 16 zeros between them.
 // A ROW of 0 is known at run time only: rows are `row` apart.
-template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, typename Store>
+template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, int CHUNK = 32,
+          typename Store>
 PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_t features,
                              int64_t inputs, const int64_t* in_map, const float* w,
                              const Layout& layout, const int64_t* out_map, int threads,
@@ -120,7 +121,7 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
     const float* weights = w + layout.first(group) * IN * OUT + inside;
     return tile_of<N, IN>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
   };
-  all_sums<N, 32, READ, MOVED>(x, row, tokens, features, inputs, in_map, {0, 16, false},
+  all_sums<N, CHUNK, READ, MOVED>(x, row, tokens, features, inputs, in_map, {0, 16, false},
                                layout.groups * PARTS, out_map, threads, tile, store);
 }
 

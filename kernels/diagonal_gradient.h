@@ -51,8 +51,8 @@ PADST_INLINE void diagonal_gradient(const float* fixed, int64_t fixed_row, int64
   const int64_t tiles = length / W, groups = (count + D - 1) / D;
   const int64_t narrow = length + 16, wide = (around + W + 15) / 16 * 16;
   std::vector<float> sums(count * length);  // tiles, diagonals in order, W
-  const Rows memory(CHUNK * (narrow + wide));
-  float* const copied = memory.data();
+  const Aligned memory(CHUNK * (narrow + wide));
+  float* const copied = memory.begin;
   float* const going = copied + CHUNK * wide;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -115,22 +115,22 @@ PADST_INLINE void feature_dx(const float* grad, int64_t row, int64_t tokens, int
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[ACROSS * DOWN];
-    const Rows turned(features * ACROSS), sums(share * ACROSS);
+    const Aligned turned(features * ACROSS), sums(share * ACROSS);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t at = 0; at < tiles; at++)
       for (int64_t part = 0; part < parts; part++) {
         const int64_t first = at * ACROSS, count = std::min<int64_t>(ACROSS, tokens - first);
         const int64_t begin = part * share, end = std::min(inputs, begin + share);
-        to_features(grad + first * row, row, count, features, turned.data());
-        std::fill_n(sums.data(), share * ACROSS, 0.0f);
+        to_tile(grad + first * row, row, count, features, turned.begin);
+        std::fill_n(sums.begin, share * ACROSS, 0.0f);
         for (int64_t span = 0; span < by_input.spans; span++)
           for (int64_t n = begin; n < end; n++) {
             const int64_t i = out_map ? out_map[n] : n;
-            weighted(turned.data(), by_input.begin(span, i), by_input.begin(span, i + 1),
-                     sums.data() + (n - begin) * ACROSS);
+            weighted(turned.begin, by_input.begin(span, i), by_input.begin(span, i + 1),
+                     sums.begin + (n - begin) * ACROSS);
           }
         for (int64_t n = begin; n < end; n += DOWN) {
-          to_tokens(sums.data() + (n - begin) * ACROSS, tile);
+          from_tile(sums.begin + (n - begin) * ACROSS, tile);
           store(first, count, n, tile);
         }
       }
@@ -240,22 +240,8 @@ PADST_INLINE vec<LANES> dots(const float* own, const float* rows, const int32_t*
 // out[k][t] = x[t][k], rows `across` apart; zeros from `tokens` on.
 inline void to_rows(const float* x, int64_t row, int64_t tokens, int64_t inputs, int64_t across,
                     float* out) {
-  constexpr int L = LANES;
-  for (int64_t t = 0; t < across; t += L) {
-    int64_t k = 0;
-    if (t + L <= tokens)
-      for (; k + L <= inputs; k += L) {
-        vec<L> rows[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) rows[i] = load<L>(x + (t + i) * row + k);
-        Turn<L, L / 2>::turn(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) store<L>(out + (k + i) * across + t, rows[i]);
-      }
-    for (; k < inputs; k++)
-      for (int64_t i = 0; i < L; i++)
-        out[k * across + t + i] = t + i < tokens ? x[(t + i) * row + k] : 0.0f;
-  }
+  for (int64_t t = 0; t < across; t += LANES)
+    to_lines<LANES>(x + t * row, row, tokens - t, inputs, across, out + t);
 }
 
 // The gradient of every weight, from x (tokens, inputs) and grad (tokens, outputs): a chunk of tokens
@@ -268,10 +254,10 @@ PADST_INLINE void feature_dw(const float* x, int64_t x_row, const float* grad, i
   const int64_t kept = slots.kept(), inputs = slots.inputs(), span = std::min(inputs, CACHED / across);
   const BySpan by_span(slots, span, threads);
   std::vector<float> all(slots.weights());
-  const Rows turned(span * across);
+  const Aligned turned(span * across);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Rows few(DOWN * across);
+    const Aligned few(DOWN * across);
     for (int64_t first = 0; first < tokens; first += across) {
       const int64_t count = std::min(across, tokens - first);
       for (int64_t s = 0; s < by_span.spans; s++) {
@@ -279,21 +265,21 @@ PADST_INLINE void feature_dw(const float* x, int64_t x_row, const float* grad, i
 #pragma omp for schedule(static)
         for (int64_t k = begin; k < end; k += SOME)
           to_rows(x + first * x_row + k, x_row, count, std::min<int64_t>(SOME, end - k), across,
-                  turned.data() + (k - begin) * across);
+                  turned.begin + (k - begin) * across);
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < slots.outputs; o += DOWN) {
-          to_rows(grad + first * grad_row + o, grad_row, count, DOWN, across, few.data());
+          to_rows(grad + first * grad_row + o, grad_row, count, DOWN, across, few.begin);
           for (int64_t n = 0; n < DOWN; n++) {
-            const float* const own = few.data() + n * across;
+            const float* const own = few.begin + n * across;
             const int64_t last = by_span.begin(o + n, s + 1);
             int64_t k = by_span.begin(o + n, s);
             for (; k + L <= last; k += L)
               padst::store<L>(&all[k], load<L>(&all[k]) +
-                                   dots(own, turned.data(), by_span.inputs() + k, across));
+                                   dots(own, turned.begin, by_span.inputs() + k, across));
             if (k == last) continue;
             int32_t rest[L] = {};  // and others, whose products are not kept
             std::copy_n(by_span.inputs() + k, last - k, rest);
-            const vec<L> sums = dots(own, turned.data(), rest, across);
+            const vec<L> sums = dots(own, turned.begin, rest, across);
             for (int l = 0; k + l < last; l++) all[k + l] += sums[l];
           }
         }

@@ -5,6 +5,18 @@ namespace padst {
 constexpr int ACROSS = 32;  // tokens in a tile: x^T of a thousand features stays in the L2 cache
 constexpr int DOWN = 16;    // outputs that are turned back and stored together
 
+// out[k][t] = x[t][k] for at most ACROSS tokens; zeros for the others.
+inline void to_tile(const float* x, int64_t row, int64_t tokens, int64_t features, float* out) {
+  for (int t = 0; t < ACROSS; t += LANES)
+    to_lines<LANES>(x + t * row, row, tokens - t, features, ACROSS, out + t);
+}
+
+// out[t][o] = in[o][t], ACROSS tokens of DOWN outputs.
+inline void from_tile(const float* in, float* out) {
+  for (int t = 0; t < ACROSS; t += LANES)
+    from_lines<LANES>(in + t, ACROSS, nullptr, DOWN, out + t * DOWN, DOWN);
+}
+
 // Sums of G outputs over `kept` inputs each, for a tile: out[g][t]. Several at once, because each
 // sum waits for its own last addition. Rows are the outputs' weights; inputs go through `map`.
 template <int G, bool THROUGH>
@@ -53,8 +65,7 @@ PADST_INLINE void feature_sums(const float* x, int64_t row, int64_t tokens, int6
     for (int64_t at = 0; at < tiles; at++)
       for (int64_t part = 0; part < parts; part++) {
         const int64_t first = at * ACROSS, count = std::min<int64_t>(ACROSS, tokens - first);
-        for (int t = 0; t < ACROSS; t += LANES)
-          to_lines<LANES, ACROSS>(x + (first + t) * row, row, count - t, features, turned.begin + t);
+        to_tile(x + first * row, row, count, features, turned.begin);
         const int64_t last = std::min(outputs, (part + 1) * share);
         for (int64_t o = part * share; o < last; o += DOWN) {
           for (int g = 0; g < DOWN; g += G) {
@@ -63,8 +74,7 @@ PADST_INLINE void feature_sums(const float* x, int64_t row, int64_t tokens, int6
             feature_rows<G, THROUGH>(turned.begin, weights, inputs, in_map, rows, kept,
                                      sums + g * ACROSS);
           }
-          for (int t = 0; t < ACROSS; t += LANES)
-            from_lines<LANES, ACROSS>(sums + t, nullptr, DOWN, tile + t * DOWN, DOWN);
+          from_tile(sums, tile);
           store(first, count, o, tile);
         }
       }

@@ -39,9 +39,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 BODY = """
 extern "C" {{export}}
-{{kernel.def_kernel(inputs=inputs, outputs={"Y": result}, aliases=aliases)}}
+{{kernel.def_kernel(inputs=buffers, outputs={"Y": result}, aliases=aliases)}}
 {
     {{kernel.maybe_codegen_profile()}}
+    {%- for name, x in inputs.items() %}
+    const auto* const {{name}} = &{{kernel.index(x, [0] * x.get_size()|length)}};
+    {%- endfor %}
     {%- set unused = kernel.define_stack_allocated_buffer("tile", [ROWS, N]) %}
     {%- set here = [("m_start", "m_start + rows"), ("n_start", "n_start + " ~ N)] %}
     {%- set to = kernel.slice_nd(flat, here) %}

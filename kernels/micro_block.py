@@ -26,7 +26,7 @@ from padst_compiler.kernels.micro import fits, gradient, source, sums, wide, wid
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block
 
-__all__ = ["DW_FORM", "DX_FORM", "LINEAR_FORM", "LOWERINGS"]
+__all__ = ["DW_FORM", "DX_FORM", "LINEAR_FORM", "LOWERINGS", "ROW", "blocks_of"]
 
 ROW = """
     {%- set stride = X.get_stride()[0]|string %}
@@ -143,7 +143,7 @@ def lower_dx_mapped(grad: Any, *rest: Any) -> Any:
 
 def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     """Lower ``padst::block_linear_dw``; what the kernel does not do calls the operator."""
-    blocks = _blocks(grad, indices, [*indices.get_size(), *unit], grad.get_size()[-1])
+    blocks = blocks_of(grad, indices, [*indices.get_size(), *unit], grad.get_size()[-1])
     if blocks is None or not width(blocks["R"]):
         return cpp.fallback(LINEAR_DW["block"], grad, x, indices, unit)
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
@@ -153,7 +153,9 @@ def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     return cpp.view(y, [rows, kept, c, r])
 
 
-def _blocks(x: Any, indices: Any, sizes: Sequence[Any], out_features: Any) -> dict[str, int] | None:
+def blocks_of(
+    x: Any, indices: Any, sizes: Sequence[Any], out_features: Any
+) -> dict[str, int] | None:
     """Return the numbers of a balanced layer of blocks, or None where the kernels do not apply."""
     if x.get_device().type != "cpu" or x.get_dtype() is not torch.float32:
         return None
@@ -166,7 +168,7 @@ def _blocks(x: Any, indices: Any, sizes: Sequence[Any], out_features: Any) -> di
 
 
 def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: Any) -> Any:
-    blocks = _blocks(x, indices, values.get_size(), out)
+    blocks = blocks_of(x, indices, values.get_size(), out)
     if blocks is None or not width(blocks["R"]):
         return None
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
@@ -179,7 +181,7 @@ def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: A
 
 def _dx(grad: Any, values: Any, indices: Any, in_features: Any, in_map: Any, out_map: Any) -> Any:
     wide = grad if in_map is None else in_map
-    blocks = _blocks(grad, indices, values.get_size(), wide.get_size()[-1])
+    blocks = blocks_of(grad, indices, values.get_size(), wide.get_size()[-1])
     if blocks is None or not width(blocks["C"]):
         return None
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))

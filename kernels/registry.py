@@ -15,6 +15,7 @@ from padst_compiler.kernels import (
     micro_diagonal,
     micro_features,
     micro_gradients,
+    micro_mlp,
     micro_select,
 )
 from padst_compiler.kernels.dense import dense
@@ -60,6 +61,14 @@ PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 @cache
 def install() -> None:
     """Let Inductor lower the operators that kernels run; once in a process."""
-    for kernels in (micro_block, micro_diagonal, micro_features, micro_gradients, micro_select):
+    modules = (
+        micro_block,
+        micro_diagonal,
+        micro_features,
+        micro_gradients,
+        micro_mlp,
+        micro_select,
+    )
+    for kernels in modules:
         for op, lowering in kernels.LOWERINGS.items():
             cpp_templates.lower(op, lowering)

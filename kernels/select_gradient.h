@@ -44,11 +44,11 @@ PADST_INLINE void picked_gradient(const float* x, int64_t x_row, const float* gr
   const int64_t tiles = outputs / L, parts = (GROUPS + G - 1) / G, kept = GROUPS * KEPT;
   std::vector<int32_t> at(outputs * kept);  // tiles, slots, L; and so the sums
   std::vector<float> sums(outputs * kept);
-  const Rows turned(CHUNK * outputs);
+  const Aligned turned(CHUNK * outputs);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Rows copy(CHUNK * ROW);
-    float* const inputs = copy.data();
+    const Aligned copy(CHUNK * ROW);
+    float* const inputs = copy.begin;
     std::vector<float> rows(L * kept);
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < outputs; o++)
@@ -58,7 +58,7 @@ PADST_INLINE void picked_gradient(const float* x, int64_t x_row, const float* gr
 #pragma omp for schedule(static)
       for (int64_t tile = 0; tile < tiles; tile++)
         for (int64_t t = 0; t < count; t++)
-          std::memcpy(turned.data() + (tile * CHUNK + t) * L, grad + (first + t) * grad_row + tile * L,
+          std::memcpy(turned.begin + (tile * CHUNK + t) * L, grad + (first + t) * grad_row + tile * L,
                       sizeof(float) * L);
       int64_t copied = -1;
 #pragma omp for collapse(2) schedule(static)
@@ -70,7 +70,7 @@ PADST_INLINE void picked_gradient(const float* x, int64_t x_row, const float* gr
                         sizeof(float) * some * M);
           copied = part;
           const int64_t here = (tile * kept + begin * KEPT) * L;
-          const float* const from = turned.data() + tile * CHUNK * L;
+          const float* const from = turned.begin + tile * CHUNK * L;
           if (some == G) {
             picked_products<L, G, M, KEPT>(inputs, ROW, from, count, &at[here], &sums[here]);
             continue;

@@ -26,16 +26,6 @@ struct Around {
   bool wraps;
 };
 
-// Memory for numbers that whole vectors are read from.
-class Rows {
- public:
-  explicit Rows(int64_t numbers) : memory_(new float[numbers + 16]) {}
-  float* data() const { return (float*)(((uintptr_t)memory_.get() + 63) / 64 * 64); }
-
- private:
-  std::unique_ptr<float[]> memory_;
-};
-
 constexpr int MOST = 16;  // rows of a tile
 
 // How many tokens have room for their sums of n outputs beside one row of weights.
@@ -54,7 +44,8 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
                            const int64_t* out_map, int threads, const Tile& tile_at,
                            const Store& store) {
   constexpr bool COPIED = READ != Read::HERE;
-  constexpr int L = lanes(CHUNK);  // tokens that go through a map together
+  constexpr int L = CHUNK < LANES ? lanes(CHUNK) : LANES;  // tokens that go through a map together
+  constexpr int ROOM = (CHUNK + L - 1) / L * L;
   const int64_t outputs = steps * N, chunks = (tokens + CHUNK - 1) / CHUNK;
   const int64_t width = COPIED ? around.before + inputs + around.after : row;
   // Steps that a thread does together: few where there are few chunks, so that all have work.
@@ -64,7 +55,7 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[MOST * N];
-    const Aligned copy(COPIED ? CHUNK * width : 0), sums(MOVED ? CHUNK * outputs : 0), lines(L * turned);
+    const Aligned copy(COPIED ? ROOM * width : 0), sums(MOVED ? CHUNK * outputs : 0), lines(L * turned);
     int64_t copied = -1;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t begin = 0; begin < steps; begin += share)
@@ -96,9 +87,9 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
           const float* const made = sums.begin + (t - first) * outputs;
           const int64_t count = std::min<int64_t>(L, last - t);
           const bool few = 2 * count <= L;
-          if (!few) to_lines<L, L>(made, outputs, count, outputs, lines.begin);
+          if (!few) to_lines<L>(made, outputs, count, outputs, L, lines.begin);
           for (int64_t n = 0; n < outputs; n += N) {
-            if (!few) from_lines<L, L>(lines.begin, out_map + n, N, tile, N);
+            if (!few) from_lines<L>(lines.begin, L, out_map + n, N, tile, N);
             for (int64_t r = 0; few && r < count; r++)
               for (int64_t v = 0; v < N; v++) tile[r * N + v] = made[r * outputs + out_map[n + v]];
             store(t, count, n, tile);

@@ -29,9 +29,10 @@ template <int L> struct Turn<L, 0> {
   static PADST_INLINE void turn(vec<L> (&)[L]) {}
 };
 
-// lines[k * ACROSS + t] = x[t][k] for L tokens; zeros for those that are not there.
-template <int L, int ACROSS>
-inline void to_lines(const float* x, int64_t row, int64_t tokens, int64_t features, float* lines) {
+// lines[k * across + t] = x[t][k] for L tokens; zeros for those that are not there.
+template <int L>
+inline void to_lines(const float* x, int64_t row, int64_t tokens, int64_t features, int64_t across,
+                     float* lines) {
   int64_t k = 0;
   if (tokens >= L)
     for (; k + L <= features; k += L) {
@@ -40,27 +41,27 @@ inline void to_lines(const float* x, int64_t row, int64_t tokens, int64_t featur
       for (int i = 0; i < L; i++) rows[i] = load<L>(x + i * row + k);
       Turn<L, L / 2>::turn(rows);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++) store<L>(lines + (k + i) * ACROSS, rows[i]);
+      for (int i = 0; i < L; i++) store<L>(lines + (k + i) * across, rows[i]);
     }
-  for (int64_t i = 0; i < L; i++)
-    for (int64_t f = k; f < features; f++)
-      lines[f * ACROSS + i] = i < tokens ? x[i * row + f] : 0.0f;
+  for (int64_t rest = features - k; rest > 0; rest--, k++)
+    for (int i = 0; i < L; i++) lines[k * across + i] = i < tokens ? x[i * row + k] : 0.0f;
 }
 
-// out[t][k] = lines[map[k] * ACROSS + t] for L tokens; without a map, of line k.
-template <int L, int ACROSS>
-inline void from_lines(const float* lines, const int64_t* map, int64_t count, float* out, int64_t row) {
+// out[t][k] = lines[map[k] * across + t] for L tokens; without a map, of line k.
+template <int L>
+inline void from_lines(const float* lines, int64_t across, const int64_t* map, int64_t count,
+                       float* out, int64_t row) {
   int64_t k = 0;
   for (; k + L <= count; k += L) {
     vec<L> rows[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; i++) rows[i] = load<L>(lines + (map ? map[k + i] : k + i) * ACROSS);
+    for (int i = 0; i < L; i++) rows[i] = load<L>(lines + (map ? map[k + i] : k + i) * across);
     Turn<L, L / 2>::turn(rows);
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++) store<L>(out + i * row + k, rows[i]);
   }
   for (int rest = (int)(count % L); rest > 0; rest--, k++)
-    for (int i = 0; i < L; i++) out[i * row + k] = lines[(map ? map[k] : k) * ACROSS + i];
+    for (int i = 0; i < L; i++) out[i * row + k] = lines[(map ? map[k] : k) * across + i];
 }
 
 // out[t][k] = x[t][map[k]] for at most L tokens, of which `out` has room for L.
@@ -69,8 +70,8 @@ template <int L>
 inline void through(const float* x, int64_t row, int64_t tokens, int64_t features, const int64_t* map,
                     int64_t count, float* lines, float* out, int64_t to) {
   if (2 * tokens > L) {
-    to_lines<L, L>(x, row, tokens, features, lines);
-    from_lines<L, L>(lines, map, count, out, to);
+    to_lines<L>(x, row, tokens, features, L, lines);
+    from_lines<L>(lines, L, map, count, out, to);
   } else {
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t k = 0; k < count; k++) out[t * to + k] = x[t * row + map[k]];

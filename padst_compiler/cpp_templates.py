@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-__all__ = ["are_numbers", "fallback", "lower", "numbers", "run", "threads", "transposed", "view"]
+__all__ = ["are_numbers", "fallback", "lower", "numbers", "run", "threads", "view"]
 
 
 def lower(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
@@ -38,14 +38,6 @@ def view(x: Any, sizes: Sequence[Any]) -> Any:
     from torch._inductor.lowering import lowerings
 
     return lowerings[torch.ops.aten.reshape.default](x, list(sizes))
-
-
-def transposed(x: Any) -> Any:
-    """Return a tensor of the graph with its last two dimensions swapped."""
-    from torch._inductor.lowering import lowerings
-
-    axes = list(range(len(x.get_size())))
-    return lowerings[torch.ops.aten.permute.default](x, [*axes[:-2], axes[-1], axes[-2]])
 
 
 def are_numbers(sizes: Sequence[Any]) -> bool:
@@ -78,7 +70,8 @@ def run(
 
     Args:
         name: in generated code.
-        source: the body; it knows the inputs, ``Y``, ``values`` and ``threads`` by name.
+        source: the body; it knows the inputs, ``Y``, ``values`` and ``threads`` by name, where it
+            takes ``buffers`` and points to the inputs in them.
         inputs: tensors of the graph: two-dimensional ones with unit stride in their last dimension,
             others contiguous.
         sizes: of the result.
@@ -155,6 +148,7 @@ def _template() -> Any:
                     result, out, followers, reindexers, default_reindexers=plain
                 )
             inputs = dict(zip(self.names, self.input_nodes, strict=True))
+            buffers = {x.get_name(): (f"{name}_buffer", x) for name, x in inputs.items()}
             with ExitStack() as stack:
                 if made is not out:
                     types = self._fake_get_dtype(made)
@@ -164,6 +158,7 @@ def _template() -> Any:
                     kernel=kernel,
                     export=get_export_declaration(),
                     inputs=inputs,
+                    buffers=dict(buffers.values()),  # two inputs may be parts of one
                     result=result,
                     flat=flat,
                     made=made,

@@ -12,6 +12,9 @@ in_map, out_map)``                                group of inputs; ``(o/n, slots
 width, in_map, out_map)``                         to the n outputs of its tile. Tiles begin at
                                                   ``starts``, and x has n zeros on either side;
                                                   or, without, tiles are alike and x wraps around
+``block_mlp(x, values1, indices1, bias1,          two layers of blocks, ``hidden`` features between
+values2, indices2, hidden, width, activation,     them: ``activation`` is a name of
+in_map, out_map)``                                ``activation.py``, the second has no bias
 ================================================  ===============================================
 
 Formulations put them into a graph in the place of structured operators; none has a gradient. Here
@@ -29,9 +32,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.ops import LINEAR, LINEAR_DX
 
-__all__ = ["DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "MAPPED", "PICKED_SUMS"]
+__all__ = ["BLOCK_MLP", "DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "MAPPED", "PICKED_SUMS"]
 
 
 def _moved(x: Tensor, table: Tensor | None) -> Tensor:
@@ -93,6 +97,24 @@ def _gathered_sums(
     return _moved(x @ dense.scatter_add_(1, inputs.long(), weights).t(), out_map)
 
 
+def _block_mlp(
+    x: Tensor,
+    values1: Tensor,
+    indices1: Tensor,
+    bias1: Tensor | None,
+    values2: Tensor,
+    indices2: Tensor,
+    hidden: int,
+    width: int,
+    activation: str,
+    in_map: Tensor | None,
+    out_map: Tensor | None,
+) -> Tensor:
+    linear = LINEAR["block"]
+    y = ACTIVATIONS[activation](linear(_moved(x, in_map), values1, indices1, bias1, hidden))
+    return _moved(linear(y, values2, indices2, None, width), out_map)
+
+
 def _fake(x: Tensor, outputs: int, out_map: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs if out_map is None else out_map.shape[0]))
 
@@ -120,6 +142,20 @@ torch.library.custom_op(
     schema="(Tensor x, Tensor weights, Tensor inputs, Tensor? in_map, Tensor? out_map) -> Tensor",
 ).register_fake(lambda x, w, inputs, in_map, out_map: _fake(x, w.shape[0], out_map))
 
+torch.library.custom_op(
+    "padst::block_mlp",
+    _block_mlp,
+    mutates_args=(),
+    schema="(Tensor x, Tensor values1, Tensor indices1, Tensor? bias1, Tensor values2, "
+    "Tensor indices2, SymInt hidden, SymInt width, str activation, Tensor? in_map, "
+    "Tensor? out_map) -> Tensor",
+).register_fake(
+    lambda x, v1, i1, b1, v2, i2, hidden, width, activation, in_map, out_map: _fake(
+        x, width, out_map
+    )
+)
+
+BLOCK_MLP = torch.ops.padst.block_mlp.default
 GATHERED_SUMS = torch.ops.padst.gathered_sums.default
 PICKED_SUMS = torch.ops.padst.picked_sums.default
 DIAGONAL_SUMS = torch.ops.padst.diagonal_sums.default
@@ -156,4 +192,4 @@ for _name in LINEAR:
 
 IN_MAP: dict[torch._ops.OpOverload, int] = dict.fromkeys(MAPPED.values(), 4)
 """The place of ``in_map`` among an operator's arguments; that of ``out_map`` is the next."""
-IN_MAP |= {GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}
+IN_MAP |= {BLOCK_MLP: 9, GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}

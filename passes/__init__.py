@@ -10,6 +10,7 @@ from padst_compiler.passes.choose_formulation import ChooseFormulation
 from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.fold_permutations import FoldPermutations
+from padst_compiler.passes.fuse_mlp import FuseMlp
 from padst_compiler.passes.keep_strides import KeepStrides
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.passes.lower_weights import LowerWeights
@@ -27,13 +28,12 @@ FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 def inference_passes(candidates: Candidates, *, prefer: Prefer, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
     folds, written = (FOLDS, (RecogniseMaps(),)) if fold else ((), ())
-    choose = ChooseFormulation(candidates, prefer)
+    chosen = (ChooseFormulation(candidates, prefer), *folds, FuseMlp(), LowerMaps())
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
-    return (DropWatch(), *weights, *written, *folds, choose, *folds, LowerMaps())
+    return (DropWatch(), *weights, *written, *folds, *chosen)
 
 
 def training_passes(candidates: Candidates, *, prefer: Prefer) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
-    choose = ChooseFormulation(candidates, prefer)
-    weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights())
-    return (DropWatch(), *weights, CancelInverse(), choose, LowerMaps())
+    weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights(), CancelInverse())
+    return (DropWatch(), *weights, ChooseFormulation(candidates, prefer), LowerMaps())

@@ -166,13 +166,14 @@ def test_inference_folds_before_and_after_the_choice_and_lowers_last() -> None:
     passes = names(inference_passes(CANDIDATES, prefer="auto", fold=True))
     folds = names(FOLDS)
     weights = ["open_attention", "use_sparse_operator", "lower_weights", "recognise_maps"]
-    assert passes == ["drop_watch", *weights, *folds, "choose_formulation", *folds, "lower_maps"]
+    last = ["choose_formulation", *folds, "fuse_mlp", "lower_maps"]
+    assert passes == ["drop_watch", *weights, *folds, *last]
 
 
 def test_without_folding_maps_are_only_lowered() -> None:
     passes = names(inference_passes(PORTABLE, prefer="auto", fold=False))
     weights = ["open_attention", "use_sparse_operator", "lower_weights"]
-    assert passes == ["drop_watch", *weights, "choose_formulation", "lower_maps"]
+    assert passes == ["drop_watch", *weights, "choose_formulation", "fuse_mlp", "lower_maps"]
 
 
 def test_training_relies_on_no_number() -> None:

@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_compiler.kernel_ops import DIAGONAL_SUMS, GATHERED_SUMS, IN_MAP, MAPPED, PICKED_SUMS
+from padst_compiler.activation import ACTIVATIONS
+from padst_compiler.kernel_ops import (
+    BLOCK_MLP,
+    DIAGONAL_SUMS,
+    GATHERED_SUMS,
+    IN_MAP,
+    MAPPED,
+    PICKED_SUMS,
+)
 from padst_compiler.ops import LINEAR, LINEAR_DX
-from padst_compiler.structures import Shape, Structure
+from padst_compiler.structures import Block, Shape, Structure
 
 from .test_ops import Kinds, storage
 
@@ -82,6 +90,23 @@ def test_weights_gather_their_inputs(through: bool, moved: bool) -> None:
     torch.library.opcheck(GATHERED_SUMS, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_two_layers_of_blocks_have_an_activation_between_them(
+    activation: str, mapped: bool
+) -> None:
+    values1, indices1, dense1 = storage(Block, Shape(12, 6))
+    values2, indices2, dense2 = storage(Block, Shape(4, 12))
+    given, bias = x(2, 3, 8 if mapped else 6), None if mapped else x(12)
+    maps = (P, Q) if mapped else (None, None)
+    args = (given, values1, indices1, bias, values2, indices2, 12, 4, activation, *maps)
+    y = BLOCK_MLP(*args)
+    hidden = (given[..., P] if mapped else given) @ dense1.t()
+    expected = ACTIVATIONS[activation](hidden if bias is None else hidden + bias) @ dense2.t()
+    torch.testing.assert_close(y, expected[..., Q] if mapped else expected)
+    torch.library.opcheck(BLOCK_MLP, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("maps", [(None, None), (P, Q)], ids=["plain", "mapped"])
 def test_operators_pass_torchs_own_checks(maps: tuple[Any, Any]) -> None:
     given, checks = x(3, 8 if maps[0] is not None else 6), ("test_schema", "test_faketensor")
@@ -95,7 +120,8 @@ def test_operators_pass_torchs_own_checks(maps: tuple[Any, Any]) -> None:
 
 
 def test_every_operator_with_maps_says_where_they_go() -> None:
-    assert set(IN_MAP) == {*MAPPED.values(), GATHERED_SUMS, PICKED_SUMS, DIAGONAL_SUMS}
+    sums = {GATHERED_SUMS, PICKED_SUMS, DIAGONAL_SUMS}
+    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP}
     for op, place in IN_MAP.items():
         names = [argument.name for argument in op._schema.arguments]
         assert names[place : place + 2] == ["in_map", "out_map"] == names[-2:]

@@ -18,7 +18,7 @@ KINDS = ("dx", "dw", "diagonal", "picked")
 WIDTHS = (64, 48, 16, 4)  # stored at once
 PICKED = [(16, 2, 12), (16, 1, 3), (10, 2, 7), (32, 3, 4), (4, 2, 9), (8, 5, 2), (32, 12, 1)]
 HEADERS = (
-    *("vectors.h", "sums.h", "features.h", "feature_gradient.h", "diagonal_gradient.h"),
+    *("vectors.h", "turn.h", "sums.h", "features.h", "feature_gradient.h", "diagonal_gradient.h"),
     *("select.h", "select_gradient.h"),
 )
 pytestmark = pytest.mark.xdist_group("gradient_headers")  # one process builds the driver

@@ -9,6 +9,7 @@ from padst_compiler.kernels import (
     micro_diagonal,
     micro_features,
     micro_gradients,
+    micro_mlp,
     micro_select,
 )
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
@@ -49,7 +50,14 @@ def test_inductor_lowers_every_operator_that_takes_maps_and_has_a_kernel() -> No
     from torch._inductor.lowering import lowerings
 
     install()
-    kernels = (micro_block, micro_diagonal, micro_features, micro_gradients, micro_select)
+    kernels = (
+        micro_block,
+        micro_diagonal,
+        micro_features,
+        micro_gradients,
+        micro_mlp,
+        micro_select,
+    )
     known = {op for module in kernels for op in module.LOWERINGS}
     assert known <= set(lowerings)
     for op in IN_MAP:

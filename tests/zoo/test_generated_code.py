@@ -157,6 +157,17 @@ def test_element_wise_readers_leave_no_movement(structure: str) -> None:
     assert report.gathers == 0
 
 
+@pytest.mark.parametrize("permutation", ["random", "none"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "mixer"])
+def test_the_layers_of_an_mlp_are_one_kernel(name: str, permutation: str) -> None:
+    options = {"kernels": "sparse", "verify": "strict"}
+    report = padst.explain(*sparse(name, "block:16", permutation), options=options)
+    ((_, where, state, what),) = (row for row in report.passes if row[0] == "fuse_mlp")
+    ends = {"gpt2": ("c_fc", "c_proj"), "mixer": ("channels.fc1", "channels.fc2")}
+    assert all(site in where for site in ends.get(name, ("mlp.fc1", "mlp.fc2")))
+    assert state == "fired" and what.startswith("one kernel, gelu")
+
+
 @pytest.mark.slow
 def test_feature_major_sites_hand_each_other_their_features_untransposed() -> None:
     counts = []
