@@ -28,11 +28,11 @@ from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import Split, outline, split
 from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
-from padst_compiler.kernels import CANDIDATES, PORTABLE, install
+from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
-from padst_compiler.plain import compile_plain
-from padst_compiler.rewrite import Facts, Pass, PassError, run_pipeline
+from padst_compiler.plain import compile_plain, lacks_compiler
+from padst_compiler.rewrite import Facts, Pass, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
 from padst_compiler.verify import MismatchError
 
@@ -40,13 +40,14 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst"]
 
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
+WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
 
 
 class _Lower(compat.CustomGraphPass):
     """Our passes on Inductor's joint graph; the uuid hashes every source that shapes the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._passes = training_passes(CANDIDATES, prefer=settings.kernels)
+        self._passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
         self._trace = settings.trace
         self._id = compat.source_digest(repr((settings, self._passes)))
 
@@ -69,6 +70,8 @@ def padst(
     settings, inductor = Settings.parse(options)
     install()
     inductor = {**compat.mode_options(mode), **inductor}
+    if settings.codegen == "inductor" and lacks_compiler(example_inputs, inductor):
+        settings = replace(settings, codegen="plain")
     lower = _Lower(settings)
     ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key
     if not torch.is_grad_enabled() and _has_padst(graph_module):
@@ -78,7 +81,7 @@ def padst(
     try:
         return _generate(graph_module, example_inputs, settings, ours, lower)
     except Exception as error:  # Dynamo and Inductor wrap what a pass raises
-        if settings.verify == "strict" or not _from_a_pass(error):
+        if settings.verify == "strict" or not is_from_a_pass(error):
             raise
         warnings.warn(
             f"padst compiles without its passes: one of them failed ({error}). Results stay right, "
@@ -114,8 +117,8 @@ def _folder(
         if compat.is_module_state(example)
     }
     safe = settings.fold == "safe"
-    steps = (KeepStrides(), *inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe))
-    steps, verify = _traced(steps, settings.trace), bool(settings.verify)
+    passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
+    steps, verify = _traced((KeepStrides(), *passes), settings.trace), bool(settings.verify)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 
@@ -147,7 +150,7 @@ def _compile_folded(
     parts = split(folded.graph_module, folded.facts)
     shape, main_inputs = outline(parts), [*(fakes[i] for i in parts.main_inputs), *parts.derived]
     compiled: Callable[..., Any] = parts.main.forward
-    if settings.codegen != "off":
+    if settings.codegen == "inductor":
         compiled = compat.compile_with_inductor(parts.main, main_inputs, inductor)
     for made in folded.reports:
         log.info("%s: fired %d, left %d", made.name, len(made.fired), len(made.left))
@@ -171,15 +174,9 @@ def _generate(
     lower: _Lower | None,
 ) -> Callable[..., Any]:
     """Compile a graph whose numbers are not known; without ``lower`` none of our passes runs."""
-    if settings.codegen == "off":
-        return compile_plain(graph_module, example_inputs, lower)
-    return compat.compile_with_inductor(graph_module, example_inputs, inductor)
-
-
-def _from_a_pass(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, PassError):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    if settings.codegen == "inductor":
+        return compat.compile_with_inductor(graph_module, example_inputs, inductor)
+    return compile_plain(graph_module, example_inputs, lower)
 
 
 def _traced(passes: tuple[Pass, ...], path: str | None) -> tuple[Pass, ...]:

@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "Rule",
     "as_node",
+    "is_from_a_pass",
     "is_random",
     "run_pipeline",
     "shape_of",
@@ -184,6 +185,13 @@ def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tup
             said = f"Pass {step.name} failed (after: {before}{where}): {error}"
             raise PassError(said) from error
     return tuple(reports)
+
+
+def is_from_a_pass(error: BaseException | None) -> bool:
+    """Whether an error is a pass's, however Dynamo and Inductor have wrapped it."""
+    while error is not None and not isinstance(error, PassError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def as_node(argument: object) -> fx.Node:

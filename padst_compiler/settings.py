@@ -15,7 +15,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "fold": ("safe", "off"),
     "verify": (True, False, "strict"),
     "kernels": ("auto", "dense", "sparse"),
-    "codegen": ("inductor", "off"),
+    "codegen": ("inductor", "plain", "off"),
 }
 _OURS = sorted([*_CHOICES, "trace"])
 
@@ -29,7 +29,8 @@ class Settings:
         verify: compare the folded graph with the captured one in float64, and fall back to the
             captured one where something fails; "strict" raises instead.
         kernels: "sparse" or "dense" everywhere, or "auto" by the cost model.
-        codegen: "off" runs every pass, then the graph node by node; Inductor takes no part.
+        codegen: "plain" generates no code: a graph runs node by node, in the ways that plain
+            PyTorch is fast in. "off" does so with the ways that are chosen for Inductor.
         trace: a folder for the graph before and after every pass.
 
     Example:

@@ -8,7 +8,16 @@ from torch._subclasses import FakeTensorMode
 
 import padst_compiler.ops  # noqa: F401  (torch.ops.padst)
 from padst_compiler.compat import trace_aten
-from padst_compiler.rewrite import Facts, Refusal, Report, Rule, run_pipeline, shape_of
+from padst_compiler.rewrite import (
+    Facts,
+    PassError,
+    Refusal,
+    Report,
+    Rule,
+    is_from_a_pass,
+    run_pipeline,
+    shape_of,
+)
 
 ATEN = torch.ops.aten
 
@@ -172,3 +181,14 @@ def test_the_shape_of_what_is_no_tensor_is_unknown() -> None:
     assert shape_of(sort) is None
     assert shape_of(3) is None
     assert shape_of(placeholders(module)[0]) == (4,)
+
+
+def test_an_error_is_a_passs_however_it_is_wrapped() -> None:
+    try:
+        try:
+            raise PassError("it")
+        except PassError as error:
+            raise RuntimeError("a backend") from error
+    except RuntimeError as error:
+        assert is_from_a_pass(error)
+    assert not is_from_a_pass(RuntimeError("other")) and not is_from_a_pass(None)

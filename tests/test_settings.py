@@ -18,7 +18,10 @@ def test_options_of_ours_are_split_from_inductors() -> None:
     ("options", "message"),
     [
         ({"trase": "x"}, r"Expected an option of \['codegen', .*, 'trace', 'verify'\].*'trase'"),
-        ({"codegen": "on"}, r"Expected option 'codegen' .*\('inductor', 'off'\)\. Got 'on'"),
+        (
+            {"codegen": "on"},
+            r"Expected option 'codegen' .*\('inductor', 'plain', 'off'\)\. Got 'on'",
+        ),
         ({"codegen": False}, "Expected option 'codegen' .*Got False"),
         ({"trace": True}, "Expected option 'trace' to be the path of a folder. Got True"),
         ({"trace": ""}, "Expected option 'trace' to be the path of a folder. Got ''"),
