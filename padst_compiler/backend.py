@@ -31,6 +31,7 @@ from padst_compiler.inputs import bind
 from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
+from padst_compiler.passes.keep_whole import KeepWhole
 from padst_compiler.plain import compile_plain, lacks_compiler
 from padst_compiler.rewrite import Facts, Pass, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
@@ -118,7 +119,9 @@ def _folder(
     }
     safe = settings.fold == "safe"
     passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
-    steps, verify = _traced((KeepStrides(), *passes), settings.trace), bool(settings.verify)
+    whole = (KeepWhole(),) if settings.codegen == "inductor" else ()
+    steps = _traced((KeepStrides(), *passes, *whole), settings.trace)
+    verify = bool(settings.verify)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 

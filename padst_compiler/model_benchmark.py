@@ -7,6 +7,7 @@ contestants take turns; the ratio is to the fastest dense one of the case.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,8 +78,15 @@ def cases(
         yield Case(name, size_of(name), kind, part, batch, core, each)
 
 
-def measure(case: Case, *, rounds: int = 7) -> list[str]:
+def measure(
+    case: Case, *, rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+) -> list[str]:
     """Return the row of a case; sets the number of threads and leaves it so.
+
+    Args:
+        case: what is timed.
+        rounds: paired rounds.
+        clock: in seconds; ``time.thread_time`` for one thread of a machine that others use too.
 
     Raises:
         ValueError: the structure does not fit the layers.
@@ -98,7 +106,7 @@ def measure(case: Case, *, rounds: int = 7) -> list[str]:
         model.train(case.train)
     run = _trained if case.train else _inferred
     calls, difference = run(dense, sparse, x, classes)
-    times = paired(calls, rounds=rounds)
+    times = paired(calls, rounds=rounds, clock=clock)
     best = min((times[name] for name in DENSE if name in times), key=lambda time: time.median)
     items = case.batch * case.size.items
     speeds = [times.get(name) for name in ("padst", *DENSE)]

@@ -30,9 +30,11 @@ def test_cases_are_all_combinations() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [VIT, GPT], ids=["vit", "gpt"])
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("structure", ["block:16", "fan_in"])
+@pytest.mark.parametrize(
+    ("size", "train", "structure"),
+    [(VIT, False, "block:16"), (GPT, False, "fan_in"), (VIT, True, "block:16")],
+    ids=["vit", "gpt", "training"],
+)
 def test_a_row_holds_every_contestant(size: Size, train: bool, structure: str) -> None:
     case = replace(TINY, size=size, structure=structure, train=train)
     row = dict(zip(HEADERS, measure(case, rounds=2), strict=True))
