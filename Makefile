@@ -27,7 +27,7 @@ check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## time single layers against every peer (ARGS="--tokens 197 --threads 1")
+bench: $(INSTALLED) ## time single layers against every peer; whole models with ARGS="--models"
 	@$(BIN)/padst bench cpu $(ARGS)
 
 clean: ## remove .venv, caches and built files

@@ -44,11 +44,12 @@ CALL = (
     };
     {%- for layer, numbers in (("1", FIRST), ("2", SECOND)) %}
     using Sides{{layer}} = padst::Sides<{{numbers.N}}, {{numbers.C}}, {{numbers.R}}>;
-    const padst::Layout blocks{{layer}}{INDICES{{layer}}, nullptr, {{numbers.KEPT}}, {{numbers.ROWS}}};
+    const padst::Layout blocks{{layer}}{
+        INDICES{{layer}}, nullptr, {{numbers.KEPT}}, {{numbers.ROWS}}};
     {%- endfor %}
     padst::block_mlp<Sides1, Sides2, {{HIDDEN}}, {{ROW}}, {{READ}}, {{MOVED}}>(
-        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W1, blocks1, {{BIAS}}, W2, blocks2, {{out_map}},
-        threads, activate, store);
+        X, row, tokens, {{FEATURES}}, {{I}}, {{in_map}}, W1, blocks1, {{BIAS}}, W2, blocks2,
+        {{out_map}}, threads, activate, store);
 """
 )
 

@@ -1,7 +1,8 @@
 """The registry: for every operator the ways to run it.
 
 ``CANDIDATES`` names, for every structured operator, the ways to run it; the dense one comes last.
-``PORTABLE`` is the same for graphs that leave as ONNX: standard operators, costs of onnxruntime.
+``PLAIN`` leaves out what must be compiled. ``PORTABLE`` is for graphs that leave as ONNX: standard
+operators, costs of onnxruntime.
 """
 
 from functools import cache
@@ -22,23 +23,27 @@ from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
-__all__ = ["CANDIDATES", "PORTABLE", "install"]
+__all__ = ["CANDIDATES", "PLAIN", "PORTABLE", "install"]
 
-_SPARSE = {
-    LINEAR["block"]: (micro_block.LINEAR_FORM, *block.LINEAR),
-    LINEAR_DX["block"]: (micro_block.DX_FORM, *block.DX),
-    LINEAR_DW["block"]: (micro_block.DW_FORM, *block.DW),
-    LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM, *fan_in.NM_LINEAR),
-    LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM, *fan_in.DIAGONAL_LINEAR),
+_COMPILED: Candidates = {
+    LINEAR["block"]: (micro_block.LINEAR_FORM,),
+    LINEAR_DX["block"]: (micro_block.DX_FORM,),
+    LINEAR_DW["block"]: (micro_block.DW_FORM,),
+    LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM),
+    LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM,),
     LINEAR_DX["diagonal"]: (micro_diagonal.DX_FORM,),
     LINEAR_DW["diagonal"]: (micro_diagonal.DW_FORM,),
-    LINEAR["fan_in"]: (
-        micro_select.FAN_IN_FORM,
-        micro_features.FAN_IN_FORM,
-        *fan_in.FAN_IN_LINEAR,
-    ),
+    LINEAR["fan_in"]: (micro_select.FAN_IN_FORM, micro_features.FAN_IN_FORM),
     **{LINEAR_DX[name]: ways for name, ways in micro_gradients.DX_FORMS.items()},
     **{LINEAR_DW[name]: ways for name, ways in micro_gradients.DW_FORMS.items()},
+}
+_ATEN: Candidates = {
+    LINEAR["block"]: block.LINEAR,
+    LINEAR_DX["block"]: block.DX,
+    LINEAR_DW["block"]: block.DW,
+    LINEAR["nm"]: fan_in.NM_LINEAR,
+    LINEAR["diagonal"]: fan_in.DIAGONAL_LINEAR,
+    LINEAR["fan_in"]: fan_in.FAN_IN_LINEAR,
 }
 
 
@@ -54,7 +59,10 @@ def _with_dense(sparse: Candidates) -> Candidates:
     }
 
 
-CANDIDATES: Candidates = _with_dense(_SPARSE)
+CANDIDATES: Candidates = _with_dense(
+    {op: (*ways, *_ATEN.get(op, ())) for op, ways in _COMPILED.items()}
+)
+PLAIN: Candidates = _with_dense(_ATEN)
 PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 
 

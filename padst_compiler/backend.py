@@ -28,11 +28,12 @@ from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import Split, outline, split
 from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
-from padst_compiler.kernels import CANDIDATES, PORTABLE, install
+from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
-from padst_compiler.plain import compile_plain
-from padst_compiler.rewrite import Facts, is_from_a_pass, run_pipeline
+from padst_compiler.passes.keep_whole import KeepWhole
+from padst_compiler.plain import compile_plain, lacks_compiler
+from padst_compiler.rewrite import Facts, has_operators, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
 from padst_compiler.stopwatch import with_stopwatch
 from padst_compiler.verify import MismatchError
@@ -41,13 +42,14 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst", "prepare"]
 
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
+WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
 
 
 class _Lower(compat.CustomGraphPass):
     """Our passes on Inductor's joint graph; the uuid hashes every source that shapes the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._passes = training_passes(CANDIDATES, prefer=settings.kernels)
+        self._passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
         self._trace = settings.trace
         self._id = source_digest(repr((settings, self._passes)))
 
@@ -68,11 +70,11 @@ def padst(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph; found by name as ``torch.compile(model, backend="padst")``."""
-    settings, inductor = prepare(options, mode)
+    settings, inductor = prepare(options, mode, example_inputs)
     lower = _Lower(settings)
     plain = {**inductor, "joint_custom_pre_pass": compat.composed(Unchanged())}
     ours = {**inductor, "joint_custom_pre_pass": compat.composed(lower)}  # in every cache key
-    if not torch.is_grad_enabled() and _has_padst(graph_module):
+    if not torch.is_grad_enabled() and has_operators(graph_module):
         folded = _fold_or_none(graph_module, example_inputs, settings)
         if folded is not None:
             return _compile_folded(graph_module, folded, example_inputs, settings, plain)
@@ -90,9 +92,9 @@ def padst(
 
 
 def prepare(
-    options: Mapping[str, Any] | None, mode: str | None = None
+    options: Mapping[str, Any] | None, mode: str | None, examples: Sequence[Any]
 ) -> tuple[Settings, dict[str, Any]]:
-    """Return our settings and Inductor's; what they ask to time can be compiled.
+    """Return our settings and Inductor's; what they ask for can be compiled for these inputs.
 
     Raises:
         ValueError: an unknown option, value or mode.
@@ -100,6 +102,8 @@ def prepare(
     settings, inductor = Settings.parse(options, mode)
     inductor = {**compat.mode_options(mode), **inductor}
     install()
+    if settings.codegen == "inductor" and lacks_compiler(examples, inductor):
+        settings = replace(settings, codegen="plain")
     return with_stopwatch(settings, inductor), inductor
 
 
@@ -129,9 +133,12 @@ def _folder(
         if compat.is_module_state(example)
     }
     safe = settings.fold == "safe"
-    steps = (KeepStrides(), *inference_passes(CANDIDATES, prefer=settings.kernels, fold=safe))
-    steps, verify = dumped(steps, settings.trace), bool(settings.verify)
-    return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
+    passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
+    whole = (KeepWhole(),) if settings.codegen == "inductor" else ()
+    steps = dumped((KeepStrides(), *passes, *whole), settings.trace)
+    return lambda given: fold(
+        graph_module, fakes, given, state, steps, verify=bool(settings.verify)
+    )
 
 
 def _fold_or_none(
@@ -162,7 +169,7 @@ def _compile_folded(
     parts = split(folded.graph_module, folded.facts)
     shape, main_inputs = outline(parts), [*(fakes[i] for i in parts.main_inputs), *parts.derived]
     compiled: Callable[..., Any] = parts.main.forward
-    if settings.codegen != "off":
+    if settings.codegen == "inductor":
         compiled = compat.compile_with_inductor(parts.main, main_inputs, inductor)
     for made in folded.reports:
         log.info("%s: fired %d, left %d", made.name, len(made.fired), len(made.left))
@@ -186,9 +193,9 @@ def _generate(
     lower: _Lower | None,
 ) -> Callable[..., Any]:
     """Compile a graph whose numbers are not known; without ``lower`` none of our passes runs."""
-    if settings.codegen == "off":
-        return compile_plain(graph_module, example_inputs, lower)
-    return compat.compile_with_inductor(graph_module, example_inputs, inductor)
+    if settings.codegen == "inductor":
+        return compat.compile_with_inductor(graph_module, example_inputs, inductor)
+    return compile_plain(graph_module, example_inputs, lower)
 
 
 def export_onnx(
@@ -243,8 +250,3 @@ def export_onnx(
     finally:
         for part, training in modes:
             part.training = training
-
-
-def _has_padst(graph_module: fx.GraphModule) -> bool:
-    graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
-    return any("padst." in str(node.target) for graph in graphs for node in graph.nodes)

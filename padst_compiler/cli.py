@@ -97,7 +97,8 @@ def _add_bench(commands: Any) -> None:
     text = "time a model: dense against sparse, both compiled, side by side"
     example = (
         "padst bench my_models.py:MODEL --structure block:32 --sparsity 0.9\n"
-        "    padst bench cpu --tokens 1 197 --csv layers.csv     (single layers, every peer)"
+        "    padst bench cpu --tokens 1 197 --csv layers.csv     (single layers, every peer)\n"
+        "    padst bench cpu --models vit_b16 --batches 1 8      (whole models)"
     )
     parser = _command(commands, "bench", _bench, text, example)
     _add_sparsity(parser)
@@ -109,6 +110,9 @@ def _add_bench(commands: Any) -> None:
     grid.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 197, 1576])
     grid.add_argument("--threads", nargs="*", type=int, help="default: 1 and all")
     grid.add_argument("--cold", action="store_true", help="cold weights as well")
+    grid.add_argument("--models", nargs="*", help="instead: vit_b16, gpt2, vit_b16:LAYERS")
+    grid.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="of models")
+    grid.add_argument("--train", action="store_true", help="training steps of models as well")
     grid.add_argument("--full", action="store_true", help="all layers, sparsities, tokens: hours")
     grid.add_argument("--csv", type=Path, help="write the rows here, as they come")
     grid.add_argument("--plot", type=Path, help="draw the ratios here ([plot])")
@@ -187,24 +191,31 @@ def _bench(options: argparse.Namespace) -> str:
 def _bench_cpu(options: argparse.Namespace) -> str:
     import torch
 
-    from padst_compiler import layer_benchmark as bench
+    from padst_compiler import layer_benchmark, model_benchmark
 
-    every = options.full
-    pairs = [text.split("-") for text in options.layers]
-    layers = [(int(inputs), int(outputs)) for inputs, outputs in pairs]
-    cores = options.threads or sorted({1, torch.get_num_threads()})
-    selected = bench.cases(
-        bench.LAYERS if every else layers,
-        options.structures or bench.STRUCTURES,
-        bench.SPARSITIES if every else options.sparsities,
-        bench.TOKENS if every else options.tokens,
-        cores,
-        (False, True) if every or options.cold else (False,),
-    )
-    before = torch.get_num_threads()
+    before, every = torch.get_num_threads(), options.full
+    cores = options.threads or sorted({1, before})
+    bench: Any = layer_benchmark if options.models is None else model_benchmark
+    if bench is model_benchmark:
+        names, kinds = options.models or ["vit_b16", "gpt2"], options.structures or ["block:32"]
+        modes = (False, True) if options.train else (False,)
+        selected = bench.cases(names, kinds, options.sparsities, options.batches, cores, modes)
+    else:
+        pairs = [text.split("-") for text in options.layers]
+        layers = [(int(inputs), int(outputs)) for inputs, outputs in pairs]
+        selected = bench.cases(
+            bench.LAYERS if every else layers,
+            options.structures or bench.STRUCTURES,
+            bench.SPARSITIES if every else options.sparsities,
+            bench.TOKENS if every else options.tokens,
+            cores,
+            (False, True) if every or options.cold else (False,),
+        )
     try:
-        return bench.report(
-            list(selected), rounds=options.rounds, path=options.csv, picture=options.plot
+        return str(
+            bench.report(
+                list(selected), rounds=options.rounds, path=options.csv, picture=options.plot
+            )
         )
     finally:
         torch.set_num_threads(before)

@@ -17,8 +17,8 @@ from padst_compiler.relaxations.spelling import read_back
 from padst_compiler.selection import SoftSelection
 from padst_compiler.sites import Site
 from padst_compiler.starts import KINDS, adopt, weight_of
-from padst_compiler.storage import width_of
 from padst_compiler.structures import Shape, Structure
+from padst_compiler.topology import fault
 
 __all__ = ["from_description", "to_description"]
 
@@ -169,20 +169,10 @@ def _check_topology(
     _require(whole, f"int32 indices of {structure} on {shape}", got, _DAMAGED)
     size = (*layout, *structure.unit(shape))
     _require(tuple(values.shape) == size, f"values {size}", tuple(values.shape), _DAMAGED)
-    if rows is not None:
-        fine = rows.dtype is torch.int64 and rows.dim() == 1 and rows.numel() > 0
-        fine = fine and bool((rows.diff() > 0).all()) and int(rows[0]) >= 0
-        fine = fine and int(rows[-1]) < shape.out_features and structure.name in ("fan_in", "nm")
-        _require(fine, f"ascending rows below {shape.out_features}", "others", _DAMAGED)
-        shape = Shape(rows.numel(), shape.in_features)
-        used = structure.table(shape)[0] * width_of(structure, indices.numel(), shape)
-        indices = indices.reshape(-1)[:used]
-    slots = structure.slots(indices, shape)
-    unique = bool((structure.indices_of(slots, shape).view(-1) == indices.view(-1)).all())
-    slots = slots.sort(dim=1).values
-    unique = unique and bool((slots.diff(dim=1) > 0).all())
-    inside = int(slots.min()) >= 0 and int(slots.max()) < candidates
-    _require(unique and inside, f"unique indices below {candidates}", "others", _DAMAGED)
+    fine = rows is None or rows.dtype is torch.int64
+    _require(fine, "int64 rows", None if rows is None else rows.dtype, _DAMAGED)
+    if (wrong := fault(structure, shape, indices, rows)) is not None:
+        raise ValueError(f"{wrong} {_DAMAGED}")
 
 
 def _selection(layer: SparseLayer, kept: int | None) -> SoftSelection | None:

@@ -16,7 +16,34 @@ from unittest.mock import patch
 
 import torch
 
-__all__ = ["are_numbers", "fallback", "lower", "numbers", "run", "threads", "view"]
+__all__ = [
+    "are_numbers",
+    "fallback",
+    "has_compiler",
+    "lower",
+    "numbers",
+    "run",
+    "threads",
+    "view",
+]
+
+
+def has_compiler(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor finds a C++ compiler.
+
+    Args:
+        options: of Inductor, which may name one (``cpp.cxx``).
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    with config.patch(dict(options)):
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return False
+    return True
 
 
 def lower(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:

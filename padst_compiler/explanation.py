@@ -79,8 +79,8 @@ def explain(
         >>> explain(padst.harden(model).eval(), torch.randn(4, 64)).gathers
         0
     """
-    settings, _ = prepare(options)
     args, kwargs = bind(model, example_inputs)
+    settings, _ = prepare(options, None, [*args, *kwargs.values()])
     graphs: list[Folded] = []
 
     def record(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -7,13 +7,13 @@ take turns; the ratio is to the fastest dense one of the case. Losing rows stay 
 
 from __future__ import annotations
 
-import csv
 import itertools
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from padst_compiler.config import SparseConfig
 from padst_compiler.explanation import explain
 from padst_compiler.layers import sparse_layers
-from padst_compiler.measure import Timing, machine, paired, ratio
+from padst_compiler.measure import Timing, machine, paired, ratio, rows_of
 from padst_compiler.sparsify import sparsify
 from padst_compiler.text import table
 
@@ -147,21 +147,11 @@ def report(
         picture: a file for the ratios, drawn with the ``[plot]`` extra.
         say: gets a line a case, as they end.
     """
-    rows: list[list[str]] = []
-    for at, case in enumerate(selected, start=1):
-        try:
-            rows.append(measure(case, rounds=rounds))
-        except ValueError as error:  # 64 does not divide every width
-            say(f"[{at}/{len(selected)}] {case}: {error}")
-            continue
-        say(f"[{at}/{len(selected)}] {'  '.join(rows[-1])}")
-        if path is not None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([HEADERS, *rows])
-    if picture is not None:
-        from padst_compiler.plots import bench_picture
+    rows = rows_of(HEADERS, selected, partial(measure, rounds=rounds), path, say)
+    if picture is not None and rows:
+        from padst_compiler.bench_plots import layers_picture
 
-        bench_picture([dict(zip(HEADERS, row, strict=True)) for row in rows], picture)
+        layers_picture([dict(zip(HEADERS, row, strict=True)) for row in rows], picture)
     lost = sum(float(row[HEADERS.index("x best dense")]) < 0.97 for row in rows)
     return "\n".join(
         [

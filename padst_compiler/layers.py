@@ -175,7 +175,6 @@ class SparseLayer(Storage):
             if self.permutation is not None:
                 for name, tensor in self.permutation.state_dict().items():
                     state_dict.setdefault(f"{prefix}permutation.{name}", tensor)
-        self._load_rows(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _matrix_from(self, dense: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Timing", "machine", "paired", "processor", "ratio"]
+__all__ = ["Timing", "machine", "paired", "processor", "ratio", "rows_of"]
+
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,42 @@ def ratio(slow: Timing, fast: Timing) -> tuple[float, float, float]:
     """
     each = sorted(s / f for s, f in zip(slow.rounds, fast.rounds, strict=True))
     return statistics.median(each), each[len(each) // 4], each[(3 * len(each)) // 4]
+
+
+def rows_of(
+    headers: Sequence[str],
+    selected: Sequence[Case],
+    measure: Callable[[Case], list[str]],
+    path: Path | None,
+    say: Callable[[str], None],
+) -> list[list[str]]:
+    """Return the rows of all cases; what does not fit, a ``ValueError``, is said and has none.
+
+    Args:
+        headers: of the rows.
+        selected: the cases, one by one.
+        measure: returns the row of a case.
+        path: a CSV file, written row by row; None for none.
+        say: gets a line a case, as they end.
+
+    Example:
+        >>> rows_of(["n", "square"], [2, 3], lambda n: [str(n), str(n * n)], None, print)
+        [1/2] 2  4
+        [2/2] 3  9
+        [['2', '4'], ['3', '9']]
+    """
+    rows: list[list[str]] = []
+    for at, case in enumerate(selected, start=1):
+        try:
+            rows.append(measure(case))
+        except ValueError as error:  # 64 does not divide every width
+            say(f"[{at}/{len(selected)}] {case}: {error}")
+            continue
+        say(f"[{at}/{len(selected)}] {'  '.join(rows[-1])}")
+        if path is not None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([headers, *rows])
+    return rows
 
 
 def processor() -> str:

@@ -1,18 +1,47 @@
-"""Run a graph as it is: every pass runs on it, and no code is generated (``codegen: "off"``)."""
+"""Run a graph as it is: every pass runs on it, and no code is generated.
+
+So with ``codegen: "plain"`` or ``"off"``, and where a machine has no C++ compiler.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from functorch.compile import aot_module_simplified, default_partition, make_boxed_func
-from torch import fx
+from torch import Tensor, fx
 
 from padst_compiler.compat import inductor_decompositions
+from padst_compiler.cpp_templates import has_compiler
 
-__all__ = ["compile_plain"]
+__all__ = ["compile_plain", "lacks_compiler"]
 
 GraphPass = Callable[[fx.Graph], None]
+
+
+def lacks_compiler(examples: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether Inductor needs a C++ compiler for a graph and there is none; warns if so.
+
+    Args:
+        examples: inputs of the graph: on a GPU no such compiler is asked for.
+        options: of Inductor.
+
+    Example:
+        >>> import torch
+        >>> lacks_compiler([torch.zeros(2, device="meta")], {})
+        False
+    """
+    if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in examples):
+        return False
+    if has_compiler(options):
+        return False
+    warnings.warn(
+        "Expected a C++ compiler. Got none. Install gcc or clang, or name one in the environment "
+        "variable CXX. Until then padst folds and runs plain PyTorch: results stay right, slowly.",
+        stacklevel=2,
+    )
+    return True
 
 
 def compile_plain(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,20 @@ from torch import Tensor
 from padst_compiler.layers import SparseLayer, sparse_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from padst_compiler.reporting import Report
     from padst_compiler.training import Event
     from padst_compiler.trial import Run
 
-__all__ = ["bench_picture", "demo_picture", "readme_picture", "report_picture"]
+__all__ = [
+    "demo_picture",
+    "new_figure",
+    "readme_picture",
+    "report_picture",
+    "save",
+    "with_open_frame",
+]
 
 INK, RUST, SEA, SAND = "#22303c", "#c2542d", "#2b7a78", "#d9b44a"
 COLOURS = {"dense": INK, "block": SAND, "block + permutation": SEA}
@@ -30,7 +36,7 @@ def demo_picture(runs: Sequence[Run], path: Path) -> Path:
     Raises:
         ImportError: the ``[plot]`` extra is not installed.
     """
-    figure, axes = _figure(2, 4, (16, 7.6))
+    figure, axes = new_figure(2, 4, (16, 7.6))
     learned = next(r for r in runs if "permutation" in r.variant)
     _curves(axes[0][0], runs)
     _history(axes[0][1], learned.history, "penalty", "P(M) / 2N", None)
@@ -43,7 +49,7 @@ def demo_picture(runs: Sequence[Run], path: Path) -> Path:
     shown = list(sparse_layers(learned.model).items())[:3]
     for axis, (other, sparse) in zip(axes[1], shown, strict=False):
         _mask(axis, sparse, f"{other}: {sparse.sparsity:.0%} sparse")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def readme_picture(
@@ -57,13 +63,13 @@ def readme_picture(
         after: the folded graph's.
         path: the picture, ``.png`` or ``.svg``.
     """
-    figure, axes = _figure(1, 4, (15, 3.6))
+    figure, axes = new_figure(1, 4, (15, 3.6))
     assert layer.permutation is not None
     _mask(axes[0][0], layer, "S: structured sparse")
     _matrix(axes[0][1], layer.permutation.matrix().detach(), "Π: learned, then hard")
     _listing(axes[0][2], "captured", before)
     _listing(axes[0][3], "folded", after)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def report_picture(report: Report, path: Path) -> Path:
@@ -76,48 +82,22 @@ def report_picture(report: Report, path: Path) -> Path:
     Raises:
         ImportError: the ``[plot]`` extra is not installed.
     """
-    figure, axes = _figure(2, 2, (13, 7))
+    figure, axes = new_figure(2, 2, (13, 7))
     shares = {"sparsity": INK, "explored": SEA, "soft_share": SAND}
     _bars(axes[0][0], report, shares, "shares: zeros, units ever active, steps spent soft")
     distances = {"distance": INK, "distance_modulo": RUST}
     _bars(axes[0][1], report, distances, "features moved: in all, beyond what is absorbed")
     _history(axes[1][0], report.history, "gap", "worst gap", 0.2929)
     _history(axes[1][1], report.history, "churn", "units changed", None)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def bench_picture(rows: Sequence[Mapping[str, str]], path: Path) -> Path:
-    """Draw times faster than the best dense peer against tokens and against the sparsity asked for.
-
-    Args:
-        rows: of ``layer_benchmark``, by their headers; a line is a structure on a layer, with its
-            threads and weights as they were. What varies least is left out of a panel.
-        path: the picture, ``.png`` or ``.svg``.
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """Return a figure and its axes, an array of two dimensions.
 
     Raises:
         ImportError: the ``[plot]`` extra is not installed.
     """
-    figure, axes = _figure(1, 2, (13, 5))
-    for axis, along, other in ((axes[0][0], "tokens", "asked"), (axes[0][1], "asked", "tokens")):
-        shown = Counter(row[other] for row in rows).most_common(1)[0][0]
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row[other] == shown:
-                name = f"{row['layer']} {row['structure']} {row['threads']} {row['weights']}"
-                lines.setdefault(name, []).append((float(row[along]), float(row["x best dense"])))
-        for name, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
-        axis.axhline(1.0, color=INK, linewidth=0.8)
-        axis.set(title=f"times faster than the best dense peer, {other} {shown}", xlabel=along)
-        axis.set_yscale("log")
-        if along == "tokens":
-            axis.set_xscale("log")
-        _open(axis)
-    axes[0][1].legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -128,7 +108,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure, and return where."""
     figure.savefig(path, dpi=120)
     return path
 
@@ -145,7 +126,7 @@ def _curves(axis: Any, runs: Sequence[Run]) -> None:
         axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set(title="test accuracy, %", xlabel="step", ylim=(60, 100))
     axis.legend(frameon=False, loc="lower right")
-    _open(axis)
+    with_open_frame(axis)
 
 
 def _bars(axis: Any, report: Report, colours: dict[str, str], title: str) -> None:
@@ -158,7 +139,7 @@ def _bars(axis: Any, report: Report, colours: dict[str, str], title: str) -> Non
     axis.set(title=title, ylim=(0, 1))
     axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=8)
     axis.legend(frameon=False, fontsize=7)
-    _open(axis)
+    with_open_frame(axis)
 
 
 def _history(axis: Any, history: Sequence[Event], key: str, title: str, line: float | None) -> None:
@@ -177,7 +158,7 @@ def _history(axis: Any, history: Sequence[Event], key: str, title: str, line: fl
     axis.set(title=f"{title}, by layer", xlabel="step", ylim=(0, 1))
     if layers:
         axis.legend(frameon=False, fontsize=7)
-    _open(axis)
+    with_open_frame(axis)
 
 
 def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
@@ -216,5 +197,6 @@ def _listing(axis: Any, title: str, lines: Sequence[str]) -> None:
         )
 
 
-def _open(axis: Any) -> None:
+def with_open_frame(axis: Any) -> None:
+    """Take the upper and the right line away."""
     axis.spines[["top", "right"]].set_visible(False)

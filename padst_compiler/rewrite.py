@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "Rule",
     "as_node",
+    "has_operators",
     "is_from_a_pass",
     "is_random",
     "run_pipeline",
@@ -185,6 +186,12 @@ def run_pipeline(pipeline: Sequence[Pass], graph: fx.Graph, facts: Facts) -> tup
             said = f"Pass {step.name} failed (after: {before}{where}): {error}"
             raise PassError(said) from error
     return tuple(reports)
+
+
+def has_operators(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph, or one inside it, calls an operator of ours."""
+    graphs = (m.graph for m in graph_module.modules() if isinstance(m, fx.GraphModule))
+    return any("padst." in str(node.target) for graph in graphs for node in graph.nodes)
 
 
 def is_from_a_pass(error: BaseException | None) -> bool:

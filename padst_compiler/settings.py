@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "fold": ("safe", "off"),
     "verify": (True, False, "strict"),
     "kernels": ("auto", "dense", "sparse", "timed"),
-    "codegen": ("inductor", "off"),
+    "codegen": ("inductor", "plain", "off"),
 }
 _OURS = sorted([*_CHOICES, "trace"])
 
@@ -31,7 +31,8 @@ class Settings:
             captured one where something fails; "strict" raises instead.
         kernels: "sparse" or "dense" everywhere, "auto" by the cost model, or "timed": every
             formulation is verified and timed here, once. What times takes the word's place.
-        codegen: "off" runs every pass, then the graph node by node; Inductor takes no part.
+        codegen: "plain" generates no code: a graph runs node by node, in the ways that plain
+            PyTorch is fast in. "off" does so with the ways that are chosen for Inductor.
         trace: a folder for the graph before and after every pass.
 
     Example:

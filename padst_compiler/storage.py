@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from padst_compiler.ops import LINEAR
 from padst_compiler.selection import SoftSelection
-from padst_compiler.structures import NM, Shape, Structure
+from padst_compiler.structures import Shape, Structure
+from padst_compiler.tensors import is_plain
+from padst_compiler.topology import fault, width_of
 
-__all__ = ["Packed", "Storage", "width_of"]
+__all__ = ["Packed", "Storage", "replace_data"]
 
 
 class Packed(NamedTuple):
@@ -29,27 +31,6 @@ class Packed(NamedTuple):
     values: Tensor
     indices: Tensor
     shape: Shape
-
-
-def width_of(structure: Structure, numbers: int, active: Shape) -> int:
-    """Return k', how many units each group keeps when ``active.out_features`` neurons are left.
-
-    N:M with N given keeps N, which is what hardware reads.
-
-    Args:
-        structure: whose units are single weights.
-        numbers: what the layer may store.
-        active: the layer without its ablated neurons.
-
-    Example:
-        >>> from padst_compiler.structures import FanIn
-        >>> width_of(FanIn(), 12, Shape(5, 8))
-        2
-    """
-    if isinstance(structure, NM) and structure.n is not None:
-        return structure.n
-    groups, candidates = structure.table(active)
-    return min(candidates, numbers // groups)
 
 
 class Storage(nn.Module):
@@ -193,11 +174,39 @@ class Storage(nn.Module):
         whole = part.new_full((self.shape.out_features, *part.shape[1:]), fill)
         return whole.index_copy(0, self.rows, part)
 
-    def _load_rows(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Make room for the neurons that a checkpoint has left; all, where it names none."""
-        if f"{prefix}values" in state_dict:
-            rows = state_dict.get(f"{prefix}rows")
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Make room for the neurons that a state has left; refuse a topology that is none."""
+        given = f"{prefix}values" in state_dict
+        rows = state_dict.get(f"{prefix}rows", None if given else self.rows)
+        indices = state_dict.get(f"{prefix}indices", self.indices)
+        if (wrong := self._fault(indices, rows)) is not None:
+            error_msgs.append(
+                f"{wrong} Load what a layer like {prefix.rstrip('.') or 'this'!r} saved."
+            )
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                del state_dict[name]  # in place: children read from it next, and stay too
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        elif given:
             self.rows = None if rows is None else rows.to(self.indices.device, copy=True)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _fault(self, indices: Tensor, rows: Tensor | None) -> str | None:
+        """Return what is wrong with a topology that has numbers; torch compares the shapes."""
+        readable = all(is_plain(t) and not t.is_meta for t in (indices, rows) if t is not None)
+        if not readable or indices.shape != self.indices.shape:
+            return None
+        return fault(self.structure, self.shape, indices, rows)
 
 
 @torch.no_grad()

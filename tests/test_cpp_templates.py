@@ -93,3 +93,13 @@ def test_the_operator_itself_is_the_fallback_and_symbols_are_no_numbers() -> Non
     torch.testing.assert_close(y, 3.0 * a + b[0])
     assert "= torch.ops.padst_test.scaled.default(" in "\n".join(codes)
     assert seen[-1][0] is False
+
+
+# -- the compiler ----------------------------------------------------------------------------------
+
+
+def test_a_compiler_is_found_or_not() -> None:
+    assert cpp.has_compiler({})
+    assert not cpp.has_compiler({"cpp.cxx": "no-such-compiler"})
+    assert not cpp.has_compiler({"cpp.cxx": (None, "no-such-compiler")})
+    assert cpp.has_compiler({"cpp.cxx": ("no-such-compiler", "g++"), "max_autotune": True})

@@ -14,6 +14,7 @@ from padst_compiler.rewrite import (
     Refusal,
     Report,
     Rule,
+    has_operators,
     is_from_a_pass,
     run_pipeline,
     shape_of,
@@ -192,3 +193,15 @@ def test_an_error_is_a_passs_however_it_is_wrapped() -> None:
     except RuntimeError as error:
         assert is_from_a_pass(error)
     assert not is_from_a_pass(RuntimeError("other")) and not is_from_a_pass(None)
+
+
+def test_operators_of_ours_are_found_in_inner_graphs_too() -> None:
+    def ours(x: Tensor, p: Tensor) -> Tensor:
+        y: Tensor = torch.ops.padst.permute(x, p)
+        return y
+
+    inner, plain = fx.symbolic_trace(ours), fx.symbolic_trace(lambda x: x + 1)
+    assert has_operators(inner)
+    assert not has_operators(plain)
+    plain.add_module("inner", inner)
+    assert has_operators(plain)

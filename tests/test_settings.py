@@ -37,7 +37,10 @@ def test_max_autotune_times_kernels_unless_told_otherwise(
     ("options", "message"),
     [
         ({"trase": "x"}, r"Expected an option of \['codegen', .*, 'trace', 'verify'\].*'trase'"),
-        ({"codegen": "on"}, r"Expected option 'codegen' .*\('inductor', 'off'\)\. Got 'on'"),
+        (
+            {"codegen": "on"},
+            r"Expected option 'codegen' .*\('inductor', 'plain', 'off'\)\. Got 'on'",
+        ),
         ({"kernels": "timed", "codegen": "off"}, "Expected generated code.*'codegen': 'off'"),
         ({"codegen": False}, "Expected option 'codegen' .*Got False"),
         ({"trace": True}, "Expected option 'trace' to be the path of a folder. Got True"),

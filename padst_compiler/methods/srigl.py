@@ -34,8 +34,8 @@ from padst_compiler.layers import SparseLayer
 from padst_compiler.methods.base import Job, Method
 from padst_compiler.methods.slots import weakest
 from padst_compiler.schedule import Schedule
-from padst_compiler.storage import width_of
 from padst_compiler.structures import NM, FanIn, Shape
+from padst_compiler.topology import width_of
 
 __all__ = ["Lists", "SRigL", "least_salient", "salient_counts", "topology"]
 

@@ -3,6 +3,7 @@ import torch
 from padst_compiler.kernel_ops import IN_MAP
 from padst_compiler.kernels import (
     CANDIDATES,
+    PLAIN,
     PORTABLE,
     install,
     micro_block,
@@ -38,6 +39,13 @@ def test_every_operator_has_the_formulations_that_were_timed_and_dense_last() ->
             *sparse, dense = [way.name for way in CANDIDATES[op]]
             assert sparse == OFFERED.get(op.name().removeprefix("padst::"), "").split()
             assert dense == "dense"
+
+
+def test_plain_ways_are_those_that_need_no_compiler() -> None:
+    made = {"micro_kernel", "feature_kernel"}
+    for op, ways in CANDIDATES.items():
+        plain = [way.name for way in PLAIN[op]]
+        assert [way.name for way in ways if way.name not in made] == plain
 
 
 def test_what_leaves_as_onnx_is_standard_operators() -> None:
