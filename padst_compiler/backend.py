@@ -132,13 +132,11 @@ def _folder(
         for position, (holder, example) in enumerate(zip(holders, example_inputs, strict=True))
         if compat.is_module_state(example)
     }
-    safe = settings.fold == "safe"
+    safe, verify = settings.fold == "safe", bool(settings.verify)
     passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
     whole = (KeepWhole(),) if settings.codegen == "inductor" else ()
     steps = dumped((KeepStrides(), *passes, *whole), settings.trace)
-    return lambda given: fold(
-        graph_module, fakes, given, state, steps, verify=bool(settings.verify)
-    )
+    return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 
 def _fold_or_none(
