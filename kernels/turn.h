@@ -43,8 +43,9 @@ inline void to_lines(const float* x, int64_t row, int64_t tokens, int64_t featur
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++) store<L>(lines + (k + i) * across, rows[i]);
     }
-  for (int64_t rest = features - k; rest > 0; rest--, k++)
-    for (int i = 0; i < L; i++) lines[k * across + i] = i < tokens ? x[i * row + k] : 0.0f;
+  float* line = lines + k * across;
+  for (const float* from = x + k; from < x + features; from++, line += across)
+    for (int i = 0; i < L; i++) line[i] = i < tokens ? from[i * row] : 0.0f;
 }
 
 // out[t][k] = lines[map[k] * across + t] for L tokens; without a map, of line k.

@@ -116,7 +116,7 @@ def test_five_hundred_random_shapes_agree_with_float64(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", ["avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
     assert_right(built(build), kind, 150)
 

@@ -91,7 +91,7 @@ def test_five_hundred_random_shapes_agree_with_float64(built: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
     for threads in (1, 3):
         assert_right(built(build), 150, threads)

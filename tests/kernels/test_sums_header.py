@@ -117,7 +117,7 @@ def test_a_thousand_random_shapes_agree_with_float64(built: Callable[[str], Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
     assert_right(built(build), 300)
 
