@@ -55,7 +55,8 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[MOST * N];
-    const Aligned copy(COPIED ? ROOM * width : 0), sums(MOVED ? CHUNK * outputs : 0), lines(L * turned);
+    const Aligned copy(COPIED ? ROOM * width : 0), sums(MOVED ? CHUNK * outputs : 0);
+    const Aligned lines(L * turned);
     int64_t copied = -1;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t begin = 0; begin < steps; begin += share)

@@ -47,7 +47,8 @@ template <int OUT, int IN> static void run(const Case& c) {
     check_map(to.data(), (int64_t)to.size(), results);
     const auto sums = [&](auto read, auto moved) {
       block_sums<N, IN, OUT, 0, decltype(read)::value, decltype(moved)::value>(
-          x.data(), c.row, c.tokens, c.features, wide, map.data(), dx ? by.weights.begin : w.data(), layout, to.data(), c.threads, store);
+          x.data(), c.row, c.tokens, c.features, wide, map.data(),
+          dx ? by.weights.begin : w.data(), layout, to.data(), c.threads, store);
     };
     const auto reads = [&](auto read) {
       if (c.moved) sums(read, std::true_type()); else sums(read, std::false_type());

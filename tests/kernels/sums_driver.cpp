@@ -40,8 +40,8 @@ template <int N, int INPUTS, bool DOWN> static void diagonal(const Case& c) {
   const auto at = take<int32_t>(c.items), starts = take<int32_t>(DOWN ? c.outputs / N + 1 : 0);
   each<N>(c, INPUTS, [&](auto read, auto moved, auto* in, auto* out, const auto& store) {
     diagonal_sums<N, INPUTS, DOWN, decltype(read)::value, decltype(moved)::value>(
-        x.data(), c.row, c.tokens, c.features, in, w.data(), at.data(), DOWN ? starts.data() : nullptr, c.items, c.outputs, out, c.threads,
-        store);
+        x.data(), c.row, c.tokens, c.features, in, w.data(), at.data(),
+        DOWN ? starts.data() : nullptr, c.items, c.outputs, out, c.threads, store);
   });
 }
 
