@@ -42,13 +42,15 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst"]
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
 WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
+LAST: dict[str, tuple[Pass, ...]] = {"inductor": (KeepWhole(),), "plain": (), "off": ()}
 
 
 class _Lower(compat.CustomGraphPass):
     """Our passes on Inductor's joint graph; the uuid hashes every source that shapes the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
+        passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
+        self._passes = (*passes, *LAST[settings.codegen])
         self._trace = settings.trace
         self._id = compat.source_digest(repr((settings, self._passes)))
 
@@ -117,11 +119,9 @@ def _folder(
         for position, (holder, example) in enumerate(zip(holders, example_inputs, strict=True))
         if compat.is_module_state(example)
     }
-    safe = settings.fold == "safe"
+    safe, verify = settings.fold == "safe", bool(settings.verify)
     passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
-    whole = (KeepWhole(),) if settings.codegen == "inductor" else ()
-    steps = _traced((KeepStrides(), *passes, *whole), settings.trace)
-    verify = bool(settings.verify)
+    steps = _traced((KeepStrides(), *passes, *LAST[settings.codegen]), settings.trace)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 
