@@ -80,8 +80,7 @@ def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
 
 
 # Shares of the rate of a dense product: 1 thread, AVX-512, 90 %, 197 and 1576 tokens.
-LINEAR_RATE, DX_RATE, DW_RATE, FAR_DW_RATE = 0.45, 0.35, 0.22, 0.11
-NEAR = 512  # tokens whose inputs and gradients stay in the cache
+LINEAR_RATE, DX_RATE, DW_RATE = 0.45, 0.35, 0.3
 
 
 def _product(g: Geometry, outputs: int, inputs: int, rate: float) -> float | None:
@@ -107,8 +106,7 @@ def _dx_cost(g: Geometry) -> float | None:
 
 def _dw_cost(g: Geometry) -> float | None:
     assert isinstance(g.structure, Block)
-    rate = DW_RATE if g.tokens <= NEAR or g.structure.sides[0] >= 64 else FAR_DW_RATE
-    return _product(g, *g.structure.sides, rate=rate)
+    return _product(g, *g.structure.sides, rate=DW_RATE)
 
 
 LINEAR_FORM = Formulation("micro_kernel", wide(linear), _linear_cost)

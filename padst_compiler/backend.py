@@ -33,7 +33,7 @@ from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.passes.keep_whole import KeepWhole
 from padst_compiler.plain import compile_plain, lacks_compiler
-from padst_compiler.rewrite import Facts, has_operators, is_from_a_pass, run_pipeline
+from padst_compiler.rewrite import Facts, Pass, has_operators, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
 from padst_compiler.stopwatch import with_stopwatch
 from padst_compiler.verify import MismatchError
@@ -43,20 +43,21 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst", "prepare"]
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
 WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
+LAST: dict[str, tuple[Pass, ...]] = {"inductor": (KeepWhole(),), "plain": (), "off": ()}
 
 
 class _Lower(compat.CustomGraphPass):
     """Our passes on Inductor's joint graph; the uuid hashes every source that shapes the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
+        passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
+        self._passes = (*passes, *LAST[settings.codegen])
         self._trace = settings.trace
         self._id = source_digest(repr((settings, self._passes)))
 
     def __call__(self, graph: fx.Graph) -> None:
-        run_pipeline(
-            dumped(self._passes, self._trace), graph, Facts(table=compat.inductor_decompositions())
-        )
+        facts = Facts(table=compat.inductor_decompositions())
+        run_pipeline(dumped(self._passes, self._trace), graph, facts)
 
     def uuid(self) -> str | None:
         return None if self._trace else self._id  # None: never cached, so that passes always run
@@ -134,8 +135,7 @@ def _folder(
     }
     safe, verify = settings.fold == "safe", bool(settings.verify)
     passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
-    whole = (KeepWhole(),) if settings.codegen == "inductor" else ()
-    steps = dumped((KeepStrides(), *passes, *whole), settings.trace)
+    steps = dumped((KeepStrides(), *passes, *LAST[settings.codegen]), settings.trace)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 

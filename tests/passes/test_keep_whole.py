@@ -59,15 +59,37 @@ def test_a_residual_sum_is_kept_and_its_terms_are_not(rewrite: Rewrite) -> None:
     "function",
     [
         lambda x, bias: linear(x, bias).relu(),  # read once
+        lambda x, bias: (x.view(4, 2, 8)[:, INDICES[:2, 0].long()], bias),  # an input
         lambda x, bias: (x.exp().chunk(2, dim=-1), bias),  # no kernel
         lambda x, bias: torch.ops.padst.block_linear(x, VALUES, INDICES, None, 48).chunk(3, -1),
         lambda x, bias: (linear(x, bias) @ torch.ones(48, 48)).chunk(3, -1),  # another operator
     ],
-    ids=["once", "no kernel", "bare", "product"],
+    ids=["once", "an input", "no kernel", "bare", "product"],
 )
 def test_all_else_is_left_alone(rewrite: Rewrite, function: Callable[..., Any]) -> None:
     result = rewrite(KeepWhole(), function, torch.randn(4, 16), torch.randn(48))
     assert result.before == result.after
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("what", ["gelu", "layer_norm"])
+def test_what_is_read_through_a_table_is_kept_whole(
+    rewrite: Rewrite, what: str, view: bool
+) -> None:
+    table = torch.tensor([1, 0, 1])
+
+    def run(x: Tensor) -> Tensor:
+        y = nn.functional.gelu(x) if what == "gelu" else nn.functional.layer_norm(x, (16,))
+        y = y.view(4, 2, 8).transpose(0, 1) if view else y
+        return y.index_select(0, table)
+
+    (node,) = [
+        n
+        for n in rewrite(KeepWhole(), run, torch.randn(4, 16)).graph.nodes
+        if "force_stride_order" in str(n.target)
+    ]
+    source = node.args[0]
+    assert "gelu" in str(source.target) or "native_layer_norm" in str(source.args[0].target)
 
 
 def test_symbolic_strides_are_left_alone(rewrite: Rewrite) -> None:
