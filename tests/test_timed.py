@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional as F
 
 from padst_compiler import compat
-from padst_compiler.backend import padst
+from padst_compiler.backend import WAYS, padst
 from padst_compiler.explanation import explain
 from padst_compiler.formulation import Formulation
 from padst_compiler.index_map import IndexMap
@@ -180,7 +180,7 @@ def test_a_wrong_formulation_is_left_out_or_raised(
     op = LINEAR["fan_in"]
     dense = CANDIDATES[op][-1]
     wrong = Formulation("wrong", lambda *given: 2.0 * dense.run(*given), lambda _: 1.0)
-    monkeypatch.setattr("padst_compiler.backend.CANDIDATES", {**CANDIDATES, op: (wrong, dense)})
+    monkeypatch.setitem(WAYS, "inductor", {**CANDIDATES, op: (wrong, dense)})
     model, x = Mlp(FanIn()), torch.randn(9, 16)
     with torch.set_grad_enabled(training):
         with pytest.warns(UserWarning, match="wrong of fan_in_linear .* is not used") as said:
