@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import struct
 import subprocess
@@ -26,29 +28,38 @@ BUILDS = {
     "portable": ["-O2"],
     "sanitized": ["-O1", "-g", "-march=native", "-fsanitize=address,undefined"],
 }
-pytestmark = pytest.mark.xdist_group("block_header")  # one process builds the driver
 Array = npt.NDArray[np.float32]
 
 
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder that the processes of a run have in common."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def builder(folder: Path, headers: Sequence[str], cases: str, driver: str) -> Callable[[str], Path]:
-    """Return what compiles a driver in one of the ways, once each."""
-    done: dict[str, Path] = {}
+    """Return what compiles a driver in one of the ways, once each: others wait for the first."""
 
     def build(name: str) -> Path:
-        if name not in done:
-            texts = [(KERNELS / header).read_text("utf-8") for header in headers]
-            parts = ["#include <cstring>", *texts, cases, (HERE / driver).read_text("utf-8")]
-            source, program = folder / f"{name}.cpp", folder / name
-            source.write_text("\n".join(parts), "utf-8")
-            flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
-            # fast-math without its ban on infinities, as Inductor compiles; and GCC 12 finds its
-            # own _mm512_undefined_epi32 uninitialised
-            flags += ["-fno-finite-math-only", "-Wno-maybe-uninitialized", *BUILDS[name]]
-            compiler = shutil.which("g++")
-            assert compiler is not None
-            subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-            done[name] = program
-        return done[name]
+        texts = [(KERNELS / header).read_text("utf-8") for header in headers]
+        parts = ["#include <cstring>", *texts, cases, (HERE / driver).read_text("utf-8")]
+        source, program = folder / f"{name}.cpp", folder / name
+        flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
+        # fast-math without its ban on infinities, as Inductor compiles; and GCC 12 finds its
+        # own _mm512_undefined_epi32 uninitialised
+        flags += ["-fno-finite-math-only", "-Wno-maybe-uninitialized", *BUILDS[name]]
+        compiler = shutil.which("g++")
+        assert compiler is not None
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not program.exists():
+                source.write_text("\n".join(parts), "utf-8")
+                made = program.with_suffix(".made")
+                subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True)
+                made.rename(program)
+        return program
 
     return build
 
@@ -58,7 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
     sides = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
     headers, cases = ("vectors.h", "turn.h", "sums.h", "block.h"), f"#define ALL_SIDES {sides}"
-    return builder(tmp_path_factory.mktemp("block"), headers, cases, "block_driver.cpp")
+    return builder(shared(tmp_path_factory, "block"), headers, cases, "block_driver.cpp")
 
 
 class Solved(Protocol):

@@ -12,7 +12,7 @@ import torch
 
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import builder, run
+from .test_block_header import builder, run, shared
 
 KINDS = ("dx", "dw", "diagonal", "picked")
 WIDTHS = (64, 48, 16, 4)  # stored at once
@@ -21,7 +21,6 @@ HEADERS = (
     *("vectors.h", "turn.h", "sums.h", "features.h", "feature_gradient.h", "diagonal_gradient.h"),
     *("select.h", "select_gradient.h"),
 )
-pytestmark = pytest.mark.xdist_group("gradient_headers")  # one process builds the driver
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
     forms = (f"FORM({at}, {', '.join(map(str, form))})" for at, form in enumerate(PICKED))
     cases = f"#define ALL_FORMS {' '.join(forms)}"
-    return builder(tmp_path_factory.mktemp("gradients"), HEADERS, cases, "gradients_driver.cpp")
+    return builder(shared(tmp_path_factory, "gradients"), HEADERS, cases, "gradients_driver.cpp")
 
 
 class Problem:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .test_block_header import THROUGH, builder, run
+from .test_block_header import THROUGH, builder, run, shared
 
 # Outputs and inputs of the blocks of the first layer and of the second, and the hidden features;
 # each has one way to read and to store, so that all pairs of those occur.
 SIDES = [(n, n, n, n, hidden) for n, hidden in ((4, 20), (8, 24), (16, 48), (32, 96), (64, 128))]
 SIDES += [(16, 8, 8, 16, 64), (48, 12, 16, 24, 96), (8, 24, 64, 16, 48), (128, 16, 32, 128, 128)]
 FORMS = [(*sides, at % 3, at % 2) for at, sides in enumerate(SIDES)]
-pytestmark = pytest.mark.xdist_group("mlp_header")  # one process builds the driver
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     forms = " ".join(f"FORM({', '.join(map(str, (at, *f)))})" for at, f in enumerate(FORMS))
     headers = ("vectors.h", "turn.h", "sums.h", "block.h", "mlp.h")
     return builder(
-        tmp_path_factory.mktemp("mlp"), headers, f"#define ALL_FORMS {forms}", "mlp_driver.cpp"
+        shared(tmp_path_factory, "mlp"), headers, f"#define ALL_FORMS {forms}", "mlp_driver.cpp"
     )
 
 

@@ -14,7 +14,7 @@ from padst_compiler.kernels.micro_diagonal import crossings
 from padst_compiler.kernels.micro_select import laid_out
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import builder, run
+from .test_block_header import builder, run, shared
 
 # Outputs of a tile and inputs, of a diagonal weight; and of N:M and fan-in.
 DIAGONALS = [(32, 64), (16, 50), (8, 30), (4, 7)]
@@ -26,7 +26,6 @@ SELECTS: list[tuple[int, int, Structure]] = [
     (32, 80, NM(40, 3)),
     (32, 50, FanIn(7)),
 ]
-pytestmark = pytest.mark.xdist_group("sums_header")  # one process builds the driver
 FORMS = [
     f"DIAGONAL({2 * at + down}, {n}, {inputs}, {str(bool(down)).lower()})"
     for at, (n, inputs) in enumerate(DIAGONALS)
@@ -44,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
     headers = ("vectors.h", "turn.h", "sums.h", "diagonal.h", "select.h", "features.h")
     cases = f"#define ALL_FORMS {' '.join(FORMS)}"
-    return builder(tmp_path_factory.mktemp("sums"), headers, cases, "sums_driver.cpp")
+    return builder(shared(tmp_path_factory, "sums"), headers, cases, "sums_driver.cpp")
 
 
 class Problem:
