@@ -167,8 +167,7 @@ def test_maps_are_read_and_written_through(where: str) -> None:
     expected = (x.double() if p is None else x.double()[..., p]) @ dense.t()
     close(y, F.gelu(expected if q is None else expected[..., q]) + residual)
     code = "\n".join(codes)
-    # Going back, one more kernel turns the weights.
-    assert code.count("async_compile.cpp_pybinding(") == 1 + back
+    assert code.count("async_compile.cpp_pybinding(") == 1  # it turns the weights itself
     assert "index out of bounds" not in code
     for table, limit in ((p, 48), (q, dense.shape[0])):
         for wrong in (-1, limit):
