@@ -23,7 +23,10 @@ from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
-__all__ = ["CANDIDATES", "PLAIN", "PORTABLE", "install"]
+__all__ = ["CANDIDATES", "COMPILED", "PLAIN", "PORTABLE", "install"]
+
+COMPILED = (micro_block, micro_diagonal, micro_features, micro_gradients, micro_mlp, micro_select)
+"""The modules that lower operators in Inductor."""
 
 _COMPILED: Candidates = {
     LINEAR["block"]: (micro_block.LINEAR_FORM,),
@@ -69,14 +72,6 @@ PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 @cache
 def install() -> None:
     """Let Inductor lower the operators that kernels run; once in a process."""
-    modules = (
-        micro_block,
-        micro_diagonal,
-        micro_features,
-        micro_gradients,
-        micro_mlp,
-        micro_select,
-    )
-    for kernels in modules:
+    for kernels in COMPILED:
         for op, lowering in kernels.LOWERINGS.items():
             cpp_templates.lower(op, lowering)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from padst_compiler.config import SparseConfig
 from padst_compiler.explanation import explain
 from padst_compiler.layers import sparse_layers
-from padst_compiler.measure import Timing, machine, paired, ratio, rows_of
+from padst_compiler.measure import Timing, cold, machine, paired, ratio, rows_of
 from padst_compiler.sparsify import sparsify
 from padst_compiler.text import table
 
@@ -37,7 +37,6 @@ TOKENS = (1, 8, 32, 197, 1576)
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 DENSE = ("F.linear", "Inductor", "onnxruntime")
 OTHERS = ("masked dense", "torch CSR", "torch BSR", "scipy CSR")
-SWEPT = 1 << 27  # bytes that push everything else out of the caches
 HEADERS = (
     "layer",
     "structure",
@@ -107,7 +106,9 @@ def measure(case: Case, *, rounds: int = 9) -> list[str]:
     with torch.no_grad():
         calls = _contestants(sparse, dense, x, case)
         kernels = explain(sparse, x, options={"verify": False}).kernels
-        times = _cold(calls, rounds) if case.cold else paired(calls, rounds=rounds)
+        for call in calls.values():
+            call()
+        times = (cold if case.cold else paired)(calls, rounds=rounds)
         peak = _peak()
     best = min((times[name] for name in DENSE if name in times), key=lambda time: time.median)
     middle, low, high = ratio(best, times["padst"])
@@ -206,21 +207,6 @@ def in_onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     )
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, feed)
-
-
-def _cold(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
-    """Time single calls, the caches swept before each."""
-    other = torch.zeros(SWEPT // 4)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            other.add_(1.0)
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
 
 
 def _peak() -> float:

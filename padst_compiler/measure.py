@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Timing", "machine", "paired", "processor", "ratio", "rows_of"]
+__all__ = ["Timing", "cold", "machine", "paired", "processor", "ratio", "rows_of"]
 
 Case = TypeVar("Case")
+SWEPT = 1 << 27  # bytes that push everything else out of the caches
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,33 @@ def paired(
             for _ in range(repeats[name]):
                 call()
             results[name].append((clock() - start) / repeats[name])
+    return {name: Timing(tuple(times)) for name, times in results.items()}
+
+
+def cold(
+    contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 11, live: Sequence[Any] = ()
+) -> dict[str, Timing]:
+    """Time single calls; before each the caches are swept, and what is live is read.
+
+    Args:
+        contestants: as for ``paired``; each has run before.
+        rounds: how often each is measured.
+        live: tensors that a caller would just have made.
+
+    Example:
+        >>> sorted(cold({"a": lambda: None, "b": lambda: None}, rounds=2))
+        ['a', 'b']
+    """
+    other = torch.zeros(SWEPT // 4)
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            other.add_(1.0)
+            for tensor in live:
+                tensor.sum()
+            start = time.perf_counter()
+            call()
+            results[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(times)) for name, times in results.items()}
 
 

@@ -12,6 +12,7 @@ autograd and dispatch modes) belongs to its thread, so the work is done in one o
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from tqdm import tqdm
 
 from padst_compiler import compat
 from padst_compiler.contest import Contest, Measured
 from padst_compiler.digest import Unchanged, source_digest
 from padst_compiler.formulation import Formulation
 from padst_compiler.frozen import split
-from padst_compiler.measure import Timing, paired, processor, ratio
+from padst_compiler.measure import Timing, cold, paired, processor, ratio
 from padst_compiler.ops import LINEAR_DW
-from padst_compiler.progress import counted
 from padst_compiler.rewrite import Facts
 from padst_compiler.settings import Settings
 from padst_compiler.timings import Timings
@@ -40,7 +41,7 @@ from padst_compiler.verify import MismatchError
 
 __all__ = ["Stopwatch", "with_stopwatch"]
 
-SWEPT = 1 << 27  # bytes that push everything else out of the caches
+log = logging.getLogger(__name__)
 SECONDS = 0.01  # that a hot measurement lasts at least
 SLOW = 0.1  # seconds of a call that is timed in fewer rounds
 
@@ -107,15 +108,17 @@ class Stopwatch:
         torch.set_num_threads(self._threads)
         count = sum(len(contest.ways) for contest in contests)
         title = f"timing {count} formulations of {len(contests)} sites"
-        with torch.no_grad(), counted(title, count) as step:
-            return {contest: self._run(contest, step) for contest in contests}
+        log.info("%s", title)
+        with torch.no_grad(), tqdm(total=count, desc=title, leave=False, disable=None) as bar:
+            return {contest: self._run(contest, bar) for contest in contests}
 
-    def _run(self, contest: Contest, step: Callable[[str], None]) -> Measured:
+    def _run(self, contest: Contest, bar: tqdm[None]) -> Measured:
         arguments = contest.arguments()
         calls: dict[str, Call] = {}
         dropped: dict[str, str] = {}
         for way in contest.ways:
-            step(f"{contest}: {way.name}")
+            bar.set_postfix_str(f"{contest}: {way.name}")
+            bar.update()
             try:
                 call = self._compiled(contest, way, arguments)
                 right = contest.is_right(arguments, call())
@@ -182,25 +185,11 @@ def _times(calls: Mapping[str, Call], live: Sequence[Any]) -> dict[str, Timing]:
     for call in calls.values():
         call()
     rounds = 5 if time.perf_counter() - start > SLOW * len(calls) else 9
-    hot, cold = paired(calls, rounds=rounds, seconds=SECONDS), _cold(calls, live, rounds)
+    hot = paired(calls, rounds=rounds, seconds=SECONDS)
+    swept = cold(calls, rounds=rounds, live=live)
     return {
         name: Timing(
-            tuple(0.5 * (a + b) for a, b in zip(hot[name].rounds, cold[name], strict=True))
+            tuple(0.5 * (a + b) for a, b in zip(hot[name].rounds, swept[name].rounds, strict=True))
         )
         for name in calls
     }
-
-
-def _cold(calls: Mapping[str, Call], live: Sequence[Any], rounds: int) -> dict[str, list[float]]:
-    """Time single calls; before each the caches are swept, and the live inputs read."""
-    other = torch.zeros(SWEPT // 4)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            other.add_(1.0)
-            for tensor in live:
-                tensor.sum()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times

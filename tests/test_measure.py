@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from padst_compiler.measure import Timing, machine, paired, processor, ratio
+from padst_compiler.measure import Timing, cold, machine, paired, processor, ratio
 
 
 class Clock:
@@ -87,3 +87,16 @@ def test_the_machine_is_named_in_one_line() -> None:
 def test_the_processor_has_a_name() -> None:
     assert processor().strip() == processor() != ""
     assert torch.cuda.is_available() or machine().startswith(processor())
+
+
+def test_cold_calls_take_turns_and_what_is_live_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("padst_compiler.measure.SWEPT", 1 << 12)
+    log: list[str] = []
+    live = torch.ones(3)
+    calls = {name: lambda name=name: log.append(name) for name in "ab"}
+    times = cold(calls, rounds=3, live=[live])
+    assert log == ["a", "b"] * 3
+    assert {name: len(time.rounds) for name, time in times.items()} == {"a": 3, "b": 3}
+    assert live.tolist() == [1.0] * 3

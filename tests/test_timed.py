@@ -95,11 +95,23 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(compat, "compile_with_inductor", run)
         patch.setattr("padst_compiler.stopwatch.SECONDS", 1e-4)
-        patch.setattr("padst_compiler.stopwatch.SWEPT", 1 << 12)
+        patch.setattr("padst_compiler.measure.SWEPT", 1 << 12)
         yield
 
 
 uses_aten = pytest.mark.usefixtures("uncompiled")
+
+
+def timed_twice(model: nn.Module, x: Tensor, timed: list[str]) -> list[int]:
+    """Infer and train, twice; return how much had been timed after each."""
+    counts = []
+    for _ in range(2):
+        with torch.no_grad():
+            same(compiled(model)(x), model(x))
+        counts.append(len(timed))
+        same(step(compiled(model), model, x), step(model, model, x))
+        counts.append(len(timed))
+    return counts
 
 
 @pytest.mark.parametrize("structure", [Block(8), FanIn(), Diagonal()], ids=str)
@@ -108,13 +120,7 @@ def test_inference_and_training_equal_eager_and_are_timed_once(
     structure: Structure, timed: list[str], cache: Path
 ) -> None:
     model, x = Mlp(structure), torch.randn(9, 16)
-    counts = []
-    for _ in range(2):
-        with torch.no_grad():
-            same(compiled(model)(x), model(x))
-        counts.append(len(timed))
-        same(step(compiled(model), model, x), step(model, model, x))
-        counts.append(len(timed))
+    counts = timed_twice(model, x, timed)
     assert counts[0] == 2
     assert counts[1] >= 4  # the weights are not frozen, and gradients have formulations too
     assert counts[1] == counts[2] == counts[3] == len(list(cache.iterdir()))
@@ -225,12 +231,6 @@ def test_a_graph_in_inductors_cache_is_for_this_machine_and_these_threads(
 @pytest.mark.slow
 def test_with_inductor_too(timed: list[str]) -> None:
     model, x = Mlp(Diagonal()), torch.randn(9, 16)
-    counts = []
-    for _ in range(2):
-        with torch.no_grad():
-            same(compiled(model)(x), model(x))
-        counts.append(len(timed))
-        same(step(compiled(model), model, x), step(model, model, x))
-        counts.append(len(timed))
+    counts = timed_twice(model, x, timed)
     assert counts[0] == 2  # what was chosen for the folded graph is not chosen again by Inductor's
     assert counts[1] == counts[2] == counts[3] > 2

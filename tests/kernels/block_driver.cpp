@@ -1,8 +1,5 @@
 // Runs the block kernels on cases from standard input: numbers first, then x, weights (or the
 // gradient), block columns and maps; writes the results to standard output.
-#include <cstdio>
-#include <cstdlib>
-
 using namespace padst;
 
 enum Kind : int32_t { LINEAR, DX, DW };
@@ -10,15 +7,6 @@ enum Kind : int32_t { LINEAR, DX, DW };
 struct Case {
   int32_t kind, out, in, tokens, groups, kept, columns, row, read, features, moved, threads;
 };
-
-template <typename T> static std::vector<T> take(size_t count) {
-  std::vector<T> data(count);  // as long as it should be: a sanitizer sees a read behind its end
-  if (std::fread(data.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return data;
-}
-
-constexpr int width(int n) { return n % 64 == 0 ? 64 : n % 48 == 0 ? 48 : n % 32 == 0 ? 32 :
-                                    n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
 
 template <int OUT, int IN> static void run(const Case& c) {
   constexpr int N = width(OUT);

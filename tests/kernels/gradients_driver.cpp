@@ -1,8 +1,5 @@
 // Runs the kernels of gradients on cases from standard input: numbers first, then x, the gradient,
 // indices, weights and maps; writes the results to standard output.
-#include <cstdio>
-#include <cstdlib>
-
 using namespace padst;
 
 enum Kind : int32_t { DX, DW, DIAGONAL, PICKED };
@@ -11,12 +8,6 @@ struct Case {
   int32_t kind, form, tokens, outputs, inputs, groups, each, x_row, grad_row, features, results,
       through, moved, threads;
 };
-
-template <typename T> static std::vector<T> take(size_t count) {
-  std::vector<T> data(count);  // as long as it should be: a sanitizer sees a read behind its end
-  if (std::fread(data.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return data;
-}
 
 template <int N, typename Run> static void into(int64_t rows, int64_t across, const Run& run) {
   std::vector<float> y((size_t)rows * across);

@@ -1,22 +1,10 @@
 // Runs the kernel of two block layers on cases from standard input: numbers first, then x, weights,
 // block columns, the bias and maps; writes the results to standard output.
-#include <cstdio>
-#include <cstdlib>
-
 using namespace padst;
 
 struct Case {
   int32_t form, tokens, columns, kept1, kept2, outputs, row, features, biased, threads;
 };
-
-template <typename T> static std::vector<T> take(size_t count) {
-  std::vector<T> data(count);  // as long as it should be: a sanitizer sees a read behind its end
-  if (std::fread(data.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return data;
-}
-
-constexpr int width(int n) { return n % 64 == 0 ? 64 : n % 48 == 0 ? 48 : n % 32 == 0 ? 32 :
-                                    n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
 
 template <int OUT1, int IN1, int OUT2, int IN2, int HIDDEN, Read READ, bool MOVED>
 static void run(const Case& c) {

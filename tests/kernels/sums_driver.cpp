@@ -1,19 +1,10 @@
 // Runs the diagonal, the select and the feature kernels on cases from standard input: numbers first, then x, the
 // weights, places, starts and maps; writes the results to standard output.
-#include <cstdio>
-#include <cstdlib>
-
 using namespace padst;
 
 struct Case {
   int32_t form, outputs, tokens, row, features, items, through, moved, threads;
 };
-
-template <typename T> static std::vector<T> take(size_t count) {
-  std::vector<T> data(count);  // as long as it should be: a sanitizer sees a read behind its end
-  if (std::fread(data.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return data;
-}
 
 template <int N, typename Run> static void each(const Case& c, int64_t inputs, const Run& run) {
   const auto in = take<int64_t>(c.through ? inputs : 0), out = take<int64_t>(c.moved ? c.outputs : 0);

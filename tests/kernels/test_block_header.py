@@ -44,7 +44,7 @@ def builder(folder: Path, headers: Sequence[str], cases: str, driver: str) -> Ca
 
     def build(name: str) -> Path:
         texts = [(KERNELS / header).read_text("utf-8") for header in headers]
-        parts = ["#include <cstring>", *texts, cases, (HERE / driver).read_text("utf-8")]
+        texts += [cases, *((HERE / name).read_text("utf-8") for name in ("driver.h", driver))]
         source, program = folder / f"{name}.cpp", folder / name
         flags = ["-std=c++17", "-Wall", "-Werror", "-ffast-math", "-fopenmp"]
         # fast-math without its ban on infinities, as Inductor compiles; and GCC 12 finds its
@@ -55,7 +55,7 @@ def builder(folder: Path, headers: Sequence[str], cases: str, driver: str) -> Ca
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not program.exists():
-                source.write_text("\n".join(parts), "utf-8")
+                source.write_text("\n".join(["#include <cstring>", *texts]), "utf-8")
                 made = program.with_suffix(".made")
                 subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True)
                 made.rename(program)
@@ -144,34 +144,40 @@ def run(program: Path, problems: Sequence[Solved]) -> list[Array]:
     return [part.reshape(p.expected.shape) for part, p in zip(parts, problems, strict=True)]
 
 
-def assert_right(program: Path, kind: str, count: int) -> None:
-    rng = np.random.default_rng(0)
-    problems = [Problem(rng, kind) for _ in range(count)]
+def assert_right(program: Path, problems: Sequence[Solved]) -> None:
+    """Compare what the driver computes with float64."""
     for problem, y in zip(problems, run(program, problems), strict=True):
         scale = max(1.0, float(np.abs(problem.expected).max(initial=0.0)))
         np.testing.assert_allclose(y, problem.expected, rtol=0.0, atol=2e-6 * scale)
+
+
+def assert_same(program: Path, problems: Callable[[int], Sequence[Solved]]) -> None:
+    """Compare the same problems on one, two and three threads, bit for bit."""
+    one, *others = (run(program, problems(threads)) for threads in (1, 2, 3))
+    for other in others:
+        for expected, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(expected, y)
+
+
+def some_of(kind: str, count: int, seed: int = 0, threads: int = 1) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    return [Problem(rng, kind, threads) for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_five_hundred_random_shapes_agree_with_float64(
     built: Callable[[str], Path], kind: str
 ) -> None:
-    assert_right(built("native"), kind, 500)
+    assert_right(built("native"), some_of(kind, 500))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
-    assert_right(built(build), kind, 150)
+    assert_right(built(build), some_of(kind, 150))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_threads_changes_no_bit(built: Callable[[str], Path], kind: str) -> None:
-    results = []
-    for threads in (1, 2, 3):
-        rng = np.random.default_rng(1)
-        results.append(run(built("native"), [Problem(rng, kind, threads) for _ in range(40)]))
-    for one, *others in zip(*results, strict=True):
-        for other in others:
-            np.testing.assert_array_equal(one, other)
+    assert_same(built("native"), lambda threads: some_of(kind, 40, 1, threads))

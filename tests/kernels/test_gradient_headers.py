@@ -12,7 +12,7 @@ import torch
 
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import builder, run, shared
+from .test_block_header import assert_right, assert_same, builder, shared
 
 KINDS = ("dx", "dw", "diagonal", "picked")
 WIDTHS = (64, 48, 16, 4)  # stored at once
@@ -98,34 +98,25 @@ class Problem:
         )
 
 
-def assert_right(program: Path, kind: str, count: int) -> None:
-    rng = np.random.default_rng(0)
-    problems = [Problem(rng, kind) for _ in range(count)]
-    for problem, y in zip(problems, run(program, problems), strict=True):
-        scale = max(1.0, float(np.abs(problem.expected).max(initial=0.0)))
-        np.testing.assert_allclose(y, problem.expected, rtol=0.0, atol=2e-6 * scale)
+def some_of(kind: str, count: int, seed: int = 0, threads: int = 1) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    return [Problem(rng, kind, threads) for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_five_hundred_random_shapes_agree_with_float64(
     built: Callable[[str], Path], kind: str
 ) -> None:
-    assert_right(built("native"), kind, 500)
+    assert_right(built("native"), some_of(kind, 500))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
-    assert_right(built(build), kind, 150)
+    assert_right(built(build), some_of(kind, 150))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_threads_changes_no_bit(built: Callable[[str], Path], kind: str) -> None:
-    results = []
-    for threads in (1, 2, 3):
-        rng = np.random.default_rng(1)
-        results.append(run(built("native"), [Problem(rng, kind, threads) for _ in range(40)]))
-    for one, *others in zip(*results, strict=True):
-        for other in others:
-            np.testing.assert_array_equal(one, other)
+    assert_same(built("native"), lambda threads: some_of(kind, 40, 1, threads))

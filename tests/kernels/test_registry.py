@@ -1,18 +1,8 @@
 import torch
 
 from padst_compiler.kernel_ops import IN_MAP
-from padst_compiler.kernels import (
-    CANDIDATES,
-    PLAIN,
-    PORTABLE,
-    install,
-    micro_block,
-    micro_diagonal,
-    micro_features,
-    micro_gradients,
-    micro_mlp,
-    micro_select,
-)
+from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
+from padst_compiler.kernels.registry import COMPILED
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
@@ -58,15 +48,7 @@ def test_inductor_lowers_every_operator_that_takes_maps_and_has_a_kernel() -> No
     from torch._inductor.lowering import lowerings
 
     install()
-    kernels = (
-        micro_block,
-        micro_diagonal,
-        micro_features,
-        micro_gradients,
-        micro_mlp,
-        micro_select,
-    )
-    known = {op for module in kernels for op in module.LOWERINGS}
+    known = {op for module in COMPILED for op in module.LOWERINGS}
     assert known <= set(lowerings)
     for op in IN_MAP:
         name = op.name().removeprefix("padst::")

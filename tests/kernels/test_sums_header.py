@@ -14,7 +14,7 @@ from padst_compiler.kernels.micro_diagonal import crossings
 from padst_compiler.kernels.micro_select import laid_out
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import builder, run, shared
+from .test_block_header import assert_right, assert_same, builder, shared
 
 # Outputs of a tile and inputs, of a diagonal weight; and of N:M and fan-in.
 DIAGONALS = [(32, 64), (16, 50), (8, 30), (4, 7)]
@@ -103,29 +103,20 @@ class Problem:
         self.bytes += (in_map.tobytes() if through else b"") + (out_map.tobytes() if moved else b"")
 
 
-def assert_right(program: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
-    problems = [Problem(rng) for _ in range(count)]
-    for problem, y in zip(problems, run(program, problems), strict=True):
-        scale = max(1.0, float(np.abs(problem.expected).max(initial=0.0)))
-        np.testing.assert_allclose(y, problem.expected, rtol=0.0, atol=2e-6 * scale)
+def some(count: int, seed: int = 0, threads: int = 1) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    return [Problem(rng, threads) for _ in range(count)]
 
 
 def test_a_thousand_random_shapes_agree_with_float64(built: Callable[[str], Path]) -> None:
-    assert_right(built("native"), 1000)
+    assert_right(built("native"), some(1000))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
-    assert_right(built(build), 300)
+    assert_right(built(build), some(300))
 
 
 def test_the_number_of_threads_changes_no_bit(built: Callable[[str], Path]) -> None:
-    results = []
-    for threads in (1, 2, 3):
-        rng = np.random.default_rng(1)
-        results.append(run(built("native"), [Problem(rng, threads) for _ in range(80)]))
-    for one, *others in zip(*results, strict=True):
-        for other in others:
-            np.testing.assert_array_equal(one, other)
+    assert_same(built("native"), lambda threads: some(80, 1, threads))
