@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import padst_compiler as padst
 from padst_compiler.explanation import Explanation
-from padst_compiler.layer_benchmark import in_onnxruntime
+from padst_compiler.layer_contestants import in_onnxruntime
 from padst_compiler.measure import Timing, machine, paired, ratio
 from padst_compiler.text import table
 
@@ -34,7 +34,7 @@ HEADERS = (
     "Inductor ms",
     "ORT ms",
     "padst ms",
-    "x best dense [quartiles]",
+    "x best dense [95 %]",
     "kernels",
 )
 STRUCTURES = ("block:32", "block:64", "block:16", "nm:16", "diagonal", "fan_in", "unstructured")

@@ -59,7 +59,7 @@ def compare_with_dense(model: nn.Module, example_inputs: Any, *, rounds: int = 1
     kernels = table(("site", "kernel", "why"), explain(model, example_inputs).kernels)
     return "\n".join(
         [
-            table(("", "ms", "x dense [quartiles]", "difference"), rows),
+            table(("", "ms", "x dense [95 %]", "difference"), rows),
             "",
             kernels,
             "",

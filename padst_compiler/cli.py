@@ -110,9 +110,11 @@ def _add_bench(commands: Any) -> None:
     grid.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 197, 1576])
     grid.add_argument("--threads", nargs="*", type=int, help="default: 1 and all")
     grid.add_argument("--cold", action="store_true", help="cold weights as well")
+    types = ("fp32", "bf16", "fp16")
+    grid.add_argument("--dtypes", nargs="*", default=["fp32"], choices=types)
     grid.add_argument("--models", nargs="*", help="instead: vit_b16, gpt2, vit_b16:LAYERS")
     grid.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="of models")
-    grid.add_argument("--train", action="store_true", help="training steps of models as well")
+    grid.add_argument("--train", action="store_true", help="forward and backward as well")
     grid.add_argument("--full", action="store_true", help="all layers, sparsities, tokens: hours")
     grid.add_argument("--csv", type=Path, help="write the rows here, as they come")
     grid.add_argument("--plot", type=Path, help="draw the ratios here ([plot])")
@@ -195,10 +197,10 @@ def _bench_cpu(options: argparse.Namespace) -> str:
 
     before, every = torch.get_num_threads(), options.full
     cores = options.threads or sorted({1, before})
+    modes = (False, True) if options.train else (False,)
     bench: Any = layer_benchmark if options.models is None else model_benchmark
     if bench is model_benchmark:
         names, kinds = options.models or ["vit_b16", "gpt2"], options.structures or ["block:32"]
-        modes = (False, True) if options.train else (False,)
         selected = bench.cases(names, kinds, options.sparsities, options.batches, cores, modes)
     else:
         pairs = [text.split("-") for text in options.layers]
@@ -209,7 +211,10 @@ def _bench_cpu(options: argparse.Namespace) -> str:
             bench.SPARSITIES if every else options.sparsities,
             bench.TOKENS if every else options.tokens,
             cores,
-            (False, True) if every or options.cold else (False,),
+            cold=(False, True) if every or options.cold else (False,),
+            dtypes=options.dtypes,
+            train=modes,
+            permutation="random" if options.permutation == "learned" else options.permutation,
         )
     try:
         return str(

@@ -1,8 +1,10 @@
 """Single layers on this CPU: every structure against every dense and unstructured peer, in one run.
 
-A case is a layer with a random permutation, a number of tokens, threads, and weights that are hot
+A case is a layer, forward or with its gradients, tokens, a type, threads, and weights that are hot
 (in the cache from the call before) or cold (the caches are swept before each call). All contestants
-take turns; the ratio is to the fastest dense one of the case. Losing rows stay in.
+take turns; the ratio is to the fastest dense one of the case, with the 95 % interval of its median.
+Losing rows stay in. "graph" is ours without what ``torch.compile`` does around each call, which no
+peer but Inductor pays. The peak is what this machine's dense product reaches in fp32.
 """
 
 from __future__ import annotations
@@ -10,43 +12,43 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import scipy.sparse
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from padst_compiler.config import SparseConfig
 from padst_compiler.explanation import explain
+from padst_compiler.layer_contestants import DENSE, OTHERS, inferred, trained
 from padst_compiler.layers import sparse_layers
 from padst_compiler.measure import Timing, cold, machine, paired, ratio, rows_of
 from padst_compiler.sparsify import sparsify
 from padst_compiler.text import table
 
-__all__ = ["HEADERS", "Case", "cases", "in_onnxruntime", "measure", "report"]
+__all__ = ["DTYPES", "HEADERS", "Case", "cases", "measure", "report"]
 
 STRUCTURES = ("block:16", "block:32", "block:64", "diagonal", "nm:16", "fan_in", "unstructured")
 LAYERS = ((768, 3072), (3072, 768), (768, 768), (1024, 4096), (4096, 11008))
 TOKENS = (1, 8, 32, 197, 1576)
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-DENSE = ("F.linear", "Inductor", "onnxruntime")
-OTHERS = ("masked dense", "torch CSR", "torch BSR", "scipy CSR")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADERS = (
     "layer",
     "structure",
     "asked",
     "density",
+    "map",
     "tokens",
     "threads",
+    "dtype",
+    "mode",
     "weights",
     "kernel",
     "padst ms",
+    "graph ms",
     *(f"{name} ms" for name in (*DENSE, *OTHERS)),
     "x best dense",
     "low",
@@ -65,6 +67,9 @@ class Case:
     tokens: int
     threads: int
     cold: bool = False
+    dtype: str = "fp32"
+    train: bool = False
+    permutation: str = "random"
 
 
 def cases(
@@ -73,13 +78,19 @@ def cases(
     sparsities: Iterable[float],
     tokens: Iterable[int],
     threads: Iterable[int],
-    cold: Iterable[bool],
+    *,
+    cold: Iterable[bool] = (False,),
+    dtypes: Iterable[str] = ("fp32",),
+    train: Iterable[bool] = (False,),
+    permutation: str = "random",
 ) -> Iterator[Case]:
     """Yield all combinations."""
-    for layer, core, count, part, kind, each in itertools.product(
-        layers, threads, tokens, sparsities, structures, cold
+    for layer, core, count, dtype, step, part, kind, each in itertools.product(
+        layers, threads, tokens, dtypes, train, sparsities, structures, cold
     ):
-        yield Case(layer, kind, part, count, core, each)
+        # Fan-in and unstructured weights absorb every permutation: none is there.
+        chosen = "none" if kind.split(":")[0] in ("fan_in", "unstructured") else permutation
+        yield Case(layer, kind, part, count, core, each, dtype, step, chosen)
 
 
 def measure(case: Case, *, rounds: int = 9) -> list[str]:
@@ -91,43 +102,39 @@ def measure(case: Case, *, rounds: int = 9) -> list[str]:
     torch.set_num_threads(case.threads)
     torch.compiler.reset()
     inputs, outputs = case.layer
-    generator = torch.Generator().manual_seed(0)
-    dense = nn.Linear(inputs, outputs).eval()
-    sparse = nn.Sequential(nn.Linear(inputs, outputs)).eval()
-    # Fan-in and unstructured weights absorb every permutation: none is there.
-    absorbs = case.structure in ("fan_in", "unstructured")
-    config = SparseConfig(
-        case.structure, sparsity=case.sparsity, permutation="none" if absorbs else "random"
-    )
+    dtype = DTYPES[case.dtype]
+    dense = nn.Linear(inputs, outputs)
+    sparse = nn.Sequential(nn.Linear(inputs, outputs))
+    config = SparseConfig(case.structure, sparsity=case.sparsity, permutation=case.permutation)
     sparsify(sparse, config, filter_fn=lambda site: True)
-    x = torch.randn(case.tokens, inputs, generator=generator)
+    for model in (dense, sparse):
+        model.to(dtype).train(case.train)
+    x = torch.randn(case.tokens, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
     (layer,) = sparse_layers(sparse).values()
     density = layer.values.numel() / layer.shape.numel
-    with torch.no_grad():
-        calls = _contestants(sparse, dense, x, case)
-        kernels = explain(sparse, x, options={"verify": False}).kernels
+    with torch.set_grad_enabled(case.train):
+        calls = (trained if case.train else inferred)(sparse, dense, x)
         for call in calls.values():
             call()
         times = (cold if case.cold else paired)(calls, rounds=rounds)
-        peak = _peak()
+        kernels = [] if case.train else explain(sparse, x, options={"verify": False}).kernels
     best = min((times[name] for name in DENSE if name in times), key=lambda time: time.median)
-    middle, low, high = ratio(best, times["padst"])
-    flops = 2.0 * layer.values.numel() * case.tokens / times["padst"].median
+    flops = (6.0 if case.train else 2.0) * layer.values.numel() * case.tokens
     return [
         f"{inputs}-{outputs}",
         case.structure,
         f"{case.sparsity:.2f}",
         f"{density:.3f}",
+        case.permutation,
         str(case.tokens),
         str(case.threads),
+        case.dtype,
+        "training" if case.train else "inference",
         "cold" if case.cold else "hot",
-        kernels[0][1] if kernels else "dense",
-        _milliseconds(times["padst"]),
-        *(_milliseconds(times.get(name)) for name in (*DENSE, *OTHERS)),
-        f"{middle:.2f}",
-        f"{low:.2f}",
-        f"{high:.2f}",
-        f"{100 * flops / peak:.0f}",
+        kernels[0][1] if kernels else "-",
+        *(_milliseconds(times.get(name)) for name in ("padst", "graph", *DENSE, *OTHERS)),
+        *(f"{number:.2f}" for number in ratio(best, times["padst"])),
+        f"{100 * flops / times['padst'].median / _peak():.0f}",
     ]
 
 
@@ -158,55 +165,9 @@ def report(
         [
             table(HEADERS, rows),
             "",
-            f"fp32; {lost} of {len(rows)} rows below 0.97 of the best dense peer; {machine()}",
+            f"{lost} of {len(rows)} rows below 0.97 of the best dense peer; {machine()}",
         ]
     )
-
-
-def _contestants(
-    sparse: nn.Module, dense: nn.Linear, x: Tensor, case: Case
-) -> dict[str, Callable[[], Any]]:
-    compiled = torch.compile(sparse, backend="padst")
-    inductor = torch.compile(dense, mode="max-autotune-no-cudagraphs")
-    (layer,) = sparse_layers(sparse).values()
-    weight = layer.structure.unpack(layer.values, layer.indices, layer.shape).detach()
-    mask, bias = (weight != 0).float(), dense.bias
-    calls: dict[str, Callable[[], Any]] = {
-        "padst": lambda: compiled(x),
-        "F.linear": lambda: F.linear(x, dense.weight, bias),
-        "Inductor": lambda: inductor(x),
-        "masked dense": lambda: F.linear(x, dense.weight * mask, bias),
-    }
-    rows = weight.to_sparse_csr()
-    calls["torch CSR"] = lambda: (rows @ x.t()).t() + bias
-    if case.structure.startswith("block"):
-        size = int(case.structure.split(":")[1])
-        blocks = weight.to_sparse_bsr((size, size))
-        calls["torch BSR"] = lambda: F.linear(x, blocks) + bias
-    compressed, columns = scipy.sparse.csr_matrix(weight.numpy()), x.numpy().T
-    added = bias.detach().numpy()
-    calls["scipy CSR"] = lambda: (compressed @ columns).T + added
-    ort = in_onnxruntime(dense, x)
-    return calls if ort is None else {**calls, "onnxruntime": ort}
-
-
-def in_onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
-    """Return a call of a dense model in onnxruntime, or None without it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
 
 
 def _peak() -> float:

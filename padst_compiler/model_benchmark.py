@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from padst_compiler.bench_models import Size, make, size_of
 from padst_compiler.config import SparseConfig
-from padst_compiler.layer_benchmark import in_onnxruntime
+from padst_compiler.layer_contestants import in_onnxruntime
 from padst_compiler.layers import sparse_layers
 from padst_compiler.measure import machine, paired, ratio, rows_of
 from padst_compiler.sparsify import sparsify
