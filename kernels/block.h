@@ -9,8 +9,9 @@ struct Blocks {
 
 // out[r][n] = sum over blocks j and inputs k of
 //   x[r * row + (columns[j] * C + k) * step] * w[(j * C + k) * ldw + n]
-// for R tokens and N outputs. A C of 0 takes the number of inputs from `length`.
-template <int R, int N, int C>
+// for R tokens and N outputs. A C of 0 takes the number of inputs from `length`. With Pairs a number
+// is two of bf16, and C counts pairs.
+template <int R, int N, int C, typename Math>
 PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, Blocks blocks,
                           const float* __restrict w, int64_t ldw, int64_t length,
                           float* __restrict out) {
@@ -38,7 +39,7 @@ PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, 
         for (int r = 0; r < R; r++) {
           const vec<L> value = all<L>(xs[r * row + (k + u) * step]);
 #pragma GCC unroll 8
-          for (int v = 0; v < V; v++) sums[u][r][v] = fma(value, weights[v], sums[u][r][v]);
+          for (int v = 0; v < V; v++) sums[u][r][v] = Math::template add<L>(value, weights[v], sums[u][r][v]);
         }
       }
     }
@@ -55,14 +56,14 @@ PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, 
 }
 
 // Do as many rows of x as have room, of those that are left; return how many.
-template <int N, int C>
+template <int N, int C, typename Math = Single>
 PADST_INLINE int tile_of(const float* x, int64_t row, int64_t step, Blocks blocks, const float* w,
                          int64_t ldw, int64_t length, float* out, int64_t left) {
   constexpr int R = tokens_of(N), H = R > 2 ? R / 2 : 1, Q = H > 2 ? H / 2 : 1;
-  if (left >= R) return sums_of<R, N, C>(x, row, step, blocks, w, ldw, length, out), R;
-  if (left >= H) return sums_of<H, N, C>(x, row, step, blocks, w, ldw, length, out), H;
-  if (left >= Q) return sums_of<Q, N, C>(x, row, step, blocks, w, ldw, length, out), Q;
-  return sums_of<1, N, C>(x, row, step, blocks, w, ldw, length, out), 1;
+  if (left >= R) return sums_of<R, N, C, Math>(x, row, step, blocks, w, ldw, length, out), R;
+  if (left >= H) return sums_of<H, N, C, Math>(x, row, step, blocks, w, ldw, length, out), H;
+  if (left >= Q) return sums_of<Q, N, C, Math>(x, row, step, blocks, w, ldw, length, out), Q;
+  return sums_of<1, N, C, Math>(x, row, step, blocks, w, ldw, length, out), 1;
 }
 
 // The blocks of all groups of outputs: the same number each, or those of group g from starts[g] on.
@@ -109,7 +110,7 @@ template <int IN, int OUT> class ByColumn {
 // of a page apart share few lines of the cache: read APART, they have 16 zeros between them.
 // A ROW of 0 is known at run time only: rows are `row` apart.
 template <int N, int IN, int OUT, int64_t ROW, Read READ, bool MOVED, int CHUNK = 32,
-          typename Store>
+          typename Math = Single, typename Store>
 PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_t features,
                              int64_t inputs, const int64_t* in_map, const float* w,
                              const Layout& layout, const int64_t* out_map, int threads,
@@ -119,7 +120,7 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
                         float* out) __attribute__((always_inline)) {
     const int64_t group = at / PARTS, inside = at % PARTS * N;
     const float* weights = w + layout.first(group) * IN * OUT + inside;
-    return tile_of<N, IN>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
+    return tile_of<N, IN, Math>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
   };
   all_sums<N, CHUNK, READ, MOVED>(x, row, tokens, features, inputs, in_map, {0, 16, false},
                                layout.groups * PARTS, out_map, threads, tile, store);

@@ -17,6 +17,7 @@ from padst_compiler.kernels import (
     micro_features,
     micro_gradients,
     micro_mlp,
+    micro_pairs,
     micro_select,
 )
 from padst_compiler.kernels.dense import dense
@@ -25,11 +26,19 @@ from padst_compiler.structures import STRUCTURES
 
 __all__ = ["CANDIDATES", "COMPILED", "PLAIN", "PORTABLE", "install"]
 
-COMPILED = (micro_block, micro_diagonal, micro_features, micro_gradients, micro_mlp, micro_select)
+COMPILED = (
+    micro_block,
+    micro_diagonal,
+    micro_features,
+    micro_gradients,
+    micro_mlp,
+    micro_pairs,
+    micro_select,
+)
 """The modules that lower operators in Inductor."""
 
 _COMPILED: Candidates = {
-    LINEAR["block"]: (micro_block.LINEAR_FORM,),
+    LINEAR["block"]: (micro_block.LINEAR_FORM, micro_pairs.LINEAR_FORM),
     LINEAR_DX["block"]: (micro_block.DX_FORM,),
     LINEAR_DW["block"]: (micro_block.DW_FORM,),
     LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM),

@@ -48,6 +48,34 @@ template <> PADST_INLINE vec<16> fma(vec<16> a, vec<16> b, vec<16> c) {
 }
 #endif
 
+// What a number of x, in every lane, and weights add to sums: a product each.
+struct Single {
+  template <int L> static PADST_INLINE vec<L> add(vec<L> x, vec<L> weights, vec<L> sums) {
+    return fma(x, weights, sums);
+  }
+};
+
+// The same where two numbers of bf16 lie in the place of a float: both products.
+struct Pairs {
+  template <int L> static PADST_INLINE vec<L> add(vec<L> x, vec<L> weights, vec<L> sums) {
+#if defined(__AVX512BF16__)
+    if constexpr (L == 16) return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)weights);
+#endif
+    return fma(second<L>(x), second<L>(weights), fma(first<L>(x), first<L>(weights), sums));
+  }
+
+ private:
+  template <int L> struct Bits {
+    typedef uint32_t type __attribute__((vector_size(4 * L)));
+  };
+  template <int L> static PADST_INLINE vec<L> first(vec<L> pair) {
+    return (vec<L>)((typename Bits<L>::type)pair << 16);
+  }
+  template <int L> static PADST_INLINE vec<L> second(vec<L> pair) {
+    return (vec<L>)((typename Bits<L>::type)pair & 0xffff0000u);
+  }
+};
+
 // Memory for so many floats, from the begin of a line of the cache on.
 class Aligned {
  public:

@@ -18,6 +18,7 @@ import torch
 
 __all__ = [
     "are_numbers",
+    "contiguous",
     "fallback",
     "has_compiler",
     "lower",
@@ -67,6 +68,13 @@ def view(x: Any, sizes: Sequence[Any]) -> Any:
     return lowerings[torch.ops.aten.reshape.default](x, list(sizes))
 
 
+def contiguous(x: Any) -> Any:
+    """Return a tensor of the graph that lies in order: itself, or a copy."""
+    from torch._inductor.ir import ExternKernel
+
+    return ExternKernel.require_contiguous(x)
+
+
 def are_numbers(sizes: Sequence[Any]) -> bool:
     """Whether no size is symbolic."""
     return all(isinstance(size, int) or bool(size.is_number) for size in sizes)
@@ -93,7 +101,7 @@ def run(
     sizes: tuple[Any, int],
     values: Mapping[str, Any],
 ) -> Any:
-    """Return what a kernel computes.
+    """Return what a kernel computes, in fp32.
 
     Args:
         name: in generated code.
@@ -108,7 +116,7 @@ def run(
     from torch._inductor.select_algorithm import autotune_select_algorithm, realize_inputs
 
     real = [_laid_out(realize_inputs(tensor)) for tensor in inputs.values()]
-    layout = ir.FixedLayout(real[0].get_device(), real[0].get_dtype(), list(sizes))
+    layout = ir.FixedLayout(real[0].get_device(), torch.float32, list(sizes))
     choices: list[Any] = []
     template = _template()(name, source, dict(zip(inputs, real, strict=True)), layout, values)
     template.maybe_append_choice(choices)

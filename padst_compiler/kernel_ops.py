@@ -15,6 +15,9 @@ width, in_map, out_map)``                         to the n outputs of its tile. 
 ``block_mlp(x, values1, indices1, bias1,          two layers of blocks, ``hidden`` features between
 values2, indices2, hidden, width, activation,     them: ``activation`` is a name of
 in_map, out_map)``                                ``activation.py``, the second has no bias
+``block_pairs(x, pairs, indices, width)``         a layer of blocks without bias, whose weights lie
+                                                  two inputs side by side: ``(o/r, k, c/2, r, 2)``;
+                                                  of 16-bit numbers the sums in fp32
 ================================================  ===============================================
 
 Formulations put them into a graph in the place of structured operators; none has a gradient. Here
@@ -35,7 +38,15 @@ from torch import Tensor
 from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.ops import LINEAR, LINEAR_DX
 
-__all__ = ["BLOCK_MLP", "DIAGONAL_SUMS", "GATHERED_SUMS", "IN_MAP", "MAPPED", "PICKED_SUMS"]
+__all__ = [
+    "BLOCK_MLP",
+    "BLOCK_PAIRS",
+    "DIAGONAL_SUMS",
+    "GATHERED_SUMS",
+    "IN_MAP",
+    "MAPPED",
+    "PICKED_SUMS",
+]
 
 
 def _moved(x: Tensor, table: Tensor | None) -> Tensor:
@@ -115,6 +126,17 @@ def _block_mlp(
     return _moved(linear(y, values2, indices2, None, width), out_map)
 
 
+def _block_pairs(x: Tensor, pairs: Tensor, indices: Tensor, width: int) -> Tensor:
+    dtype = _summed(x.dtype)
+    values = pairs.transpose(-1, -2).flatten(2, 3).to(dtype)
+    y: Tensor = LINEAR["block"](x.to(dtype), values, indices, None, width)
+    return y
+
+
+def _summed(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
 def _fake(x: Tensor, outputs: int, out_map: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs if out_map is None else out_map.shape[0]))
 
@@ -155,7 +177,17 @@ torch.library.custom_op(
     )
 )
 
+torch.library.custom_op(
+    "padst::block_pairs",
+    _block_pairs,
+    mutates_args=(),
+    schema="(Tensor x, Tensor pairs, Tensor indices, SymInt width) -> Tensor",
+).register_fake(
+    lambda x, pairs, indices, width: x.new_empty((*x.shape[:-1], width), dtype=_summed(x.dtype))
+)
+
 BLOCK_MLP = torch.ops.padst.block_mlp.default
+BLOCK_PAIRS = torch.ops.padst.block_pairs.default
 GATHERED_SUMS = torch.ops.padst.gathered_sums.default
 PICKED_SUMS = torch.ops.padst.picked_sums.default
 DIAGONAL_SUMS = torch.ops.padst.diagonal_sums.default

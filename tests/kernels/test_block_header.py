@@ -24,8 +24,9 @@ THROUGH = 2  # a map
 BUILDS = {
     "native": ["-O1", "-march=native"],  # the quickest to build
     "optimized": ["-O3", "-march=native"],
-    "avx2": ["-O3", "-mavx2", "-mfma"],
-    "portable": ["-O2"],
+    "avx2": ["-O1", "-mavx2", "-mfma"],
+    "portable": ["-O1"],
+    "cooperlake": ["-O3", "-march=cooperlake", "-S"],  # has AVX-512 BF16; text, not a program
     "sanitized": ["-O1", "-g", "-march=native", "-fsanitize=address,undefined"],
 }
 Array = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ from torch._inductor.utils import run_and_get_code
 from padst_compiler.formulation import Geometry
 from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
-from padst_compiler.kernels.micro import fits, has_products_of, source, wide, widening, width
+from padst_compiler.kernels.micro import fits, products_of, source, wide, widening, width
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, unit_of
 
@@ -87,11 +87,17 @@ def test_a_widened_formulation_sees_fp32_and_returns_what_it_was_given() -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("known", "expected"), [(True, 0.2), (False, 0.8)])
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [(("avx512",), 0.2), (("unknown",), 0.2), (("avx512", "amx"), 0.05), ((), 0.8)],
+)
 def test_sixteen_bits_are_priced_against_what_a_dense_product_of_them_costs(
-    dtype: torch.dtype, known: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    known: tuple[str, ...],
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("padst_compiler.kernels.micro.has_products_of", lambda dtype: known)
+    monkeypatch.setattr("padst_compiler.kernels.micro.products_of", lambda dtype: known)
 
     def geometry(dtype: torch.dtype, frozen: bool) -> Geometry:
         return Geometry(Block(8), Shape(64, 64), 2, 9, dtype, "cpu", frozen)
@@ -141,24 +147,24 @@ def test_results_in_16_bits_are_rounded_once(structure: Structure, dtype: torch.
 @pytest.mark.parametrize(
     ("capabilities", "bf16", "fp16"),
     [
-        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True, False),
-        ({"architecture": "x86_64", "avx512_fp16": True}, False, True),
-        ({"architecture": "aarch64"}, True, True),
-        (None, True, True),  # a torch that does not tell
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, ("amx",), ()),
+        ({"architecture": "x86_64", "avx512_fp16": True}, (), ("avx512",)),
+        ({"architecture": "aarch64"}, ("unknown",), ("unknown",)),
+        (None, ("unknown",), ("unknown",)),  # a torch that does not tell
     ],
 )
 def test_what_a_cpu_multiplies(
     capabilities: dict[str, Any] | None,
-    bf16: bool,
-    fp16: bool,
+    bf16: tuple[str, ...],
+    fp16: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if capabilities is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_products_of(torch.bfloat16) is bf16
-    assert has_products_of(torch.float16) is fp16
+    assert products_of(torch.bfloat16) == bf16
+    assert products_of(torch.float16) == fp16
 
 
 def test_a_16_bit_layer_runs_the_kernel() -> None:

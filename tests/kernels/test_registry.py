@@ -7,7 +7,7 @@ from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
 OFFERED = {
-    "block_linear": "micro_kernel bmm_token_major bmm_feature_major",
+    "block_linear": "micro_kernel bf16_pairs bmm_token_major bmm_feature_major",
     "block_linear_dx": "micro_kernel bmm_scatter",
     "block_linear_dw": "micro_kernel bmm",
     "nm_linear": "micro_kernel feature_kernel embedding_bag",
