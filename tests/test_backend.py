@@ -203,7 +203,11 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- inference -------------------------------------------------------------------------------------
 
 
-@Structures
+@pytest.mark.parametrize(
+    "structure",
+    [ALL[0], *(pytest.param(s, marks=pytest.mark.slow) for s in ALL[1:])],
+    ids=lambda s: s.name,
+)
 def test_inference_equals_eager(structure: Structure) -> None:
     model = Mlp(structure).eval()
     with torch.no_grad():

@@ -304,7 +304,9 @@ def sparse_network(structure: str, permutation: str = "random") -> nn.Sequential
     return net.eval()
 
 
-@pytest.mark.parametrize("structure", ["block:8", "diagonal:modulus=4"])
+@pytest.mark.parametrize(
+    "structure", ["block:8", pytest.param("diagonal:modulus=4", marks=pytest.mark.slow)]
+)
 def test_compiled_and_exported_it_is_one_dense_convolution(structure: str, tmp_path: Path) -> None:
     net, x = sparse_network(structure), torch.randn(2, 3, 9, 9)
     layer = sparse_layers(net)["2"]
@@ -318,6 +320,7 @@ def test_compiled_and_exported_it_is_one_dense_convolution(structure: str, tmp_p
     assert not {"ScatterElements", "ScatterND"} & report.nodes.keys()
 
 
+@pytest.mark.slow
 def test_plain_inductor_compiles_it() -> None:
     net, x = sparse_network("fan_in"), torch.randn(2, 3, 9, 9)
     fast = torch.compile(net, fullgraph=True)

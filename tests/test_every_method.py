@@ -90,7 +90,9 @@ def test_every_method_is_covered() -> None:
     assert {type(method) for method, _ in CASES.values()} == set(METHODS.values())
 
 
-@pytest.mark.parametrize("cut", [2, 11, 20])
+@pytest.mark.parametrize(
+    "cut", [11, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (2, 20))]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_resuming_is_exact(case: str, cut: int) -> None:
     """Cut at 2 and 11: armed for an update; at 20: after hardening, freeze and pruning."""

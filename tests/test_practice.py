@@ -164,6 +164,7 @@ def test_a_seed_decides_everything_and_the_global_generator_is_left_alone(method
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_recompiles_at_hardenings_only() -> None:
     torch._dynamo.reset()
     model = net("nm:8")

@@ -111,6 +111,7 @@ def test_one_that_trains_is_enough_to_learn_it() -> None:
     assert all(p.requires_grad for p in held(model)["q"].parameters())
 
 
+@pytest.mark.slow
 def test_gradients_of_all_siblings_meet_and_they_harden_together(tmp_path: Path) -> None:
     model = shared()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

@@ -114,7 +114,11 @@ def timed_twice(model: nn.Module, x: Tensor, timed: list[str]) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("structure", [Block(8), FanIn(), Diagonal()], ids=str)
+@pytest.mark.parametrize(
+    "structure",
+    [Block(8), *(pytest.param(s, marks=pytest.mark.slow) for s in (FanIn(), Diagonal()))],
+    ids=str,
+)
 @uses_aten
 def test_inference_and_training_equal_eager_and_are_timed_once(
     structure: Structure, timed: list[str], cache: Path
@@ -140,6 +144,7 @@ def test_explain_shows_what_was_timed_and_what_the_compiler_will_find(timed: lis
     assert len(timed) == 2
 
 
+@pytest.mark.slow
 @uses_aten
 def test_other_options_of_inductor_are_timed_anew(timed: list[str]) -> None:
     model, x = Mlp().eval(), torch.randn(9, 16)

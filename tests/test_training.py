@@ -507,6 +507,7 @@ def test_inductor_trains_the_same_model() -> None:
     assert fast == pytest.approx(slow, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_with_penalty_compiles_once() -> None:
     model = make(FanIn(), soft=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -525,6 +526,7 @@ def test_a_compiled_loss_with_penalty_compiles_once() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_rigl_finds_more_of_a_planted_mask_than_a_static_one() -> None:
     shares: dict[float, list[float]] = {0.0: [], 0.3: []}
     for drop_fraction, found in shares.items():

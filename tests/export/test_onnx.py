@@ -56,7 +56,11 @@ def agrees(path: Path, model: nn.Module, *inputs: Tensor) -> None:
 # -- what is written -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ALL, ids=lambda s: f"{s.name}{getattr(s, 'size', '')}")
+@pytest.mark.parametrize(
+    "structure",
+    [*ALL[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in ALL[2:])],
+    ids=lambda s: f"{s.name}{getattr(s, 'size', '')}",
+)
 def test_every_structure_in_standard_operators_at_any_batch(
     structure: Structure, tmp_path: Path
 ) -> None:

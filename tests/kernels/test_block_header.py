@@ -29,6 +29,7 @@ BUILDS = {
     "cooperlake": ["-O3", "-march=cooperlake", "-S"],  # has AVX-512 BF16; text, not a program
     "sanitized": ["-O1", "-g", "-march=native", "-fsanitize=address,undefined"],
 }
+SLOW = ["avx2", "portable", "sanitized", pytest.param("optimized", marks=pytest.mark.exhaustive)]
 Array = npt.NDArray[np.float32]
 
 
@@ -174,7 +175,7 @@ def test_five_hundred_random_shapes_agree_with_float64(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", SLOW)
 def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
     assert_right(built(build), some_of(kind, 150))
 

@@ -12,7 +12,7 @@ import torch
 
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import assert_right, assert_same, builder, shared
+from .test_block_header import SLOW, assert_right, assert_same, builder, shared
 
 KINDS = ("dx", "dw", "diagonal", "picked")
 WIDTHS = (64, 48, 16, 4)  # stored at once
@@ -112,7 +112,7 @@ def test_five_hundred_random_shapes_agree_with_float64(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", SLOW)
 def test_other_builds_agree_too(built: Callable[[str], Path], kind: str, build: str) -> None:
     assert_right(built(build), some_of(kind, 150))
 

@@ -167,6 +167,7 @@ def test_what_a_cpu_multiplies(
     assert products_of(torch.float16) == fp16
 
 
+@pytest.mark.slow
 def test_a_16_bit_layer_runs_the_kernel() -> None:
     install()
     structure, shape = Block(8), Shape(16, 24)

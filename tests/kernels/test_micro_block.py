@@ -71,6 +71,7 @@ def test_all_three_operators_become_kernels(structure: Block) -> None:
     close(gw, structure.pack(full, indices))
 
 
+@pytest.mark.slow
 def test_what_follows_is_computed_on_the_tiles() -> None:
     structure, shape = Block(16), Shape(48, 64)
     values, indices, dense = weights(structure, shape)
@@ -226,6 +227,7 @@ def test_costs_say_where_the_kernels_apply() -> None:
             assert way.cost(other) is None
 
 
+@pytest.mark.slow
 def test_a_model_trains_and_infers_through_the_kernels() -> None:
     import padst_compiler as padst
 

@@ -57,7 +57,7 @@ STRUCTURES = [FanIn(), NM(10, 2), NM(40, 3), Diagonal()]
 
 @pytest.mark.parametrize(
     "structure",
-    [*STRUCTURES[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES[2:])],
+    [*STRUCTURES[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES[1:])],
 )
 @pytest.mark.parametrize("tokens", [(2, 19), pytest.param((1,), marks=pytest.mark.slow)])
 def test_both_gradients_become_kernels(structure: Structure, tokens: tuple[int, ...]) -> None:
@@ -84,7 +84,8 @@ def unsorted(structure: Structure, indices: Tensor, values: Tensor) -> tuple[Ten
     return indices[..., order], values[..., order]
 
 
-@pytest.mark.parametrize("how", ["strided", pytest.param("transposed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["strided", "transposed"])
 def test_gradients_may_lie_in_any_way(how: str) -> None:
     structure, shape = FanIn(), Shape(32, 48)
     values, indices, dense = weights(structure, shape)

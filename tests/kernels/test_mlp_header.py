@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .test_block_header import THROUGH, builder, run, shared
+from .test_block_header import SLOW, THROUGH, builder, run, shared
 
 # Outputs and inputs of the blocks of the first layer and of the second, and the hidden features;
 # each has one way to read and to store, so that all pairs of those occur.
@@ -90,7 +90,7 @@ def test_five_hundred_random_shapes_agree_with_float64(built: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", SLOW)
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
     for threads in (1, 3):
         assert_right(built(build), 150, threads)

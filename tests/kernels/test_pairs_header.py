@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from .test_block_header import assert_right, assert_same, builder, shared
+from .test_block_header import SLOW, assert_right, assert_same, builder, shared
 
 SIDES = [(16, 2), (16, 16), (32, 32), (64, 8), (128, 64), (48, 12), (8, 6), (4, 4)]
 
@@ -67,7 +67,7 @@ def test_five_hundred_random_shapes_agree_with_float64(built: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", SLOW)
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
     assert_right(built(build), some(150))
 

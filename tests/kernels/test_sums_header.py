@@ -14,7 +14,7 @@ from padst_compiler.kernels.micro_diagonal import crossings
 from padst_compiler.kernels.micro_select import laid_out
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
 
-from .test_block_header import assert_right, assert_same, builder, shared
+from .test_block_header import SLOW, assert_right, assert_same, builder, shared
 
 # Outputs of a tile and inputs, of a diagonal weight; and of N:M and fan-in.
 DIAGONALS = [(32, 64), (16, 50), (8, 30), (4, 7)]
@@ -113,7 +113,7 @@ def test_a_thousand_random_shapes_agree_with_float64(built: Callable[[str], Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["optimized", "avx2", "portable", "sanitized"])
+@pytest.mark.parametrize("build", SLOW)
 def test_other_builds_agree_too(built: Callable[[str], Path], build: str) -> None:
     assert_right(built(build), some(300))
 

@@ -206,7 +206,9 @@ def test_files_hold_it(form: str, tmp_path: Path) -> None:
         padst.load(sparse_net(other), tmp_path / "model.safetensors")
 
 
-@Forms
+@pytest.mark.parametrize(
+    "form", [*FORMS[:1], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])]
+)
 def test_training_hardens_it_and_empties_the_optimiser(form: str) -> None:
     model = sparse_net(form)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

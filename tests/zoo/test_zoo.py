@@ -1,7 +1,7 @@
 """Every net under every structure: eager, folded, trained and compiled give the same numbers.
 
-The ordinary suite takes part of the cases, another structure from net to net; the rest is
-exhaustive.
+The ordinary suite takes part of the cases, another structure from net to net; some are slow, the
+rest is exhaustive.
 """
 
 import copy
@@ -43,13 +43,14 @@ class Case:
         return model, model.inputs(dtype)
 
 
-def cases(step: int, start: int = 0) -> list[Any]:
-    """Return all cases; every ``step``-th net with one structure is in the ordinary suite."""
+def cases(step: int, start: int = 0, slow: int = 1) -> list[Any]:
+    """Return all cases; one of every ``step``-th net is in CI, each ``slow``-th of these ordinary."""
     found = []
     for position, net in enumerate(NETS):
         for turn, structure in enumerate(STRUCTURES):
-            ordinary = position % step == start and turn == position // step % len(STRUCTURES)
-            marks = () if ordinary else (pytest.mark.exhaustive,)
+            chosen = position % step == start and turn == position // step % len(STRUCTURES)
+            mark = pytest.mark.slow if chosen else pytest.mark.exhaustive
+            marks = () if chosen and position // step % slow == 0 else (mark,)
             case = Case(net, structure)
             found.append(pytest.param(case, marks=marks, id=str(case)))
     return found
@@ -115,7 +116,7 @@ def test_what_must_remain_says_why_and_the_present_passes_leave_no_less() -> Non
         assert net.today is None or net.today != net.gathers, f"{net}: leave today out"
 
 
-@pytest.mark.parametrize("case", cases(3))
+@pytest.mark.parametrize("case", cases(3, slow=3))
 def test_folding(case: Case) -> None:
     """No map is folded that must stay, none stays that folds, and the results are right."""
     model, inputs = case.build(torch.float32)
@@ -137,7 +138,7 @@ def test_eager_equals_the_dense_reference(case: Case) -> None:
         same(run(reference(model), inputs), run(model, inputs), model.tolerance)
 
 
-@pytest.mark.parametrize("case", cases(18, 1))
+@pytest.mark.parametrize("case", cases(18, 1, slow=2))
 def test_folding_in_double_precision(case: Case) -> None:
     for kernels in ("auto", "sparse"):
         torch._dynamo.reset()
@@ -160,7 +161,7 @@ def step(model: Net, call: Callable[..., Any], inputs: tuple[Any, ...]) -> list[
     return [*outputs, *gradients, *wanted, *model.buffers()]
 
 
-@pytest.mark.parametrize("case", cases(12, 5))
+@pytest.mark.parametrize("case", cases(12, 5, slow=3))
 def test_a_training_step(case: Case) -> None:
     """The sparse kernels of some structures take float32 only: both types say something."""
     for dtype in (torch.float64, torch.float32):
