@@ -44,7 +44,7 @@ class Case:
 
 
 def cases(step: int, start: int = 0, slow: int = 1) -> list[Any]:
-    """Return all cases; one of every ``step``-th net is in CI, each ``slow``-th of these ordinary."""
+    """Return all cases; one of each ``step``-th net is in CI, each ``slow``-th of it ordinary."""
     found = []
     for position, net in enumerate(NETS):
         for turn, structure in enumerate(STRUCTURES):
