@@ -3,7 +3,6 @@
 Inference (no gradients): the graph is captured in ATen, its permutations are folded into frozen
 weights, every structured operator gets its formulation, work on frozen tensors is done once,
 Inductor compiles the rest. Training: the same choice of formulations, on Inductor's joint graph.
-
 Options beside Inductor's own stand in ``settings.py``.
 """
 
@@ -32,6 +31,7 @@ from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.passes.keep_whole import KeepWhole
+from padst_compiler.passes.pack_dense import PackDense
 from padst_compiler.plain import compile_plain, lacks_compiler
 from padst_compiler.rewrite import Facts, Pass, has_operators, is_from_a_pass, run_pipeline
 from padst_compiler.settings import Settings
@@ -43,7 +43,7 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst", "prepare"]
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
 WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
-LAST: dict[str, tuple[Pass, ...]] = {"inductor": (KeepWhole(),), "plain": (), "off": ()}
+LAST: Mapping[str, tuple[Pass, ...]] = {"inductor": (PackDense(), KeepWhole())}
 
 
 class _Lower(compat.CustomGraphPass):
@@ -51,7 +51,7 @@ class _Lower(compat.CustomGraphPass):
 
     def __init__(self, settings: Settings) -> None:
         passes = training_passes(WAYS[settings.codegen], prefer=settings.kernels)
-        self._passes = (*passes, *LAST[settings.codegen])
+        self._passes = (*passes, *LAST.get(settings.codegen, ()))
         self._trace = settings.trace
         self._id = source_digest(repr((settings, self._passes)))
 
@@ -135,7 +135,7 @@ def _folder(
     }
     safe, verify = settings.fold == "safe", bool(settings.verify)
     passes = inference_passes(WAYS[settings.codegen], prefer=settings.kernels, fold=safe)
-    steps = dumped((KeepStrides(), *passes, *LAST[settings.codegen]), settings.trace)
+    steps = dumped((KeepStrides(), *passes, *LAST.get(settings.codegen, ())), settings.trace)
     return lambda given: fold(graph_module, fakes, given, state, steps, verify=verify)
 
 

@@ -23,7 +23,9 @@ __all__ = [
     "has_compiler",
     "lower",
     "numbers",
+    "opaque_strides",
     "run",
+    "takes_opaque_inputs",
     "threads",
     "view",
 ]
@@ -59,6 +61,28 @@ def fallback(op: torch._ops.OpOverload, *args: Any) -> Any:
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+@functools.cache
+def takes_opaque_inputs() -> bool:
+    """Whether oneDNN is there, and a compiled graph takes its opaque tensors as inputs.
+
+    Such a graph checks strides; an opaque tensor says that it has those of ``opaque_strides``.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    check = vars(torch._C._dynamo.guards)["assert_size_stride"]
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(2, 2), 3)
+        check(packed, (2, 2), opaque_strides(2))
+    except (AssertionError, AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def opaque_strides(dimensions: int) -> tuple[int, ...]:
+    """Return the strides that graphs see of an opaque tensor."""
+    return (1,) + (0,) * (dimensions - 1)
 
 
 def view(x: Any, sizes: Sequence[Any]) -> Any:

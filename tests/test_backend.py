@@ -30,9 +30,10 @@ from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structu
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (Block(8), NM(8), Diagonal(), FanIn(), Unstructured())
+SOME = [ALL[0], *(pytest.param(s, marks=pytest.mark.slow) for s in ALL[1:])]
 Structures = pytest.mark.parametrize("structure", ALL, ids=lambda s: s.name)
-STRICT = {"verify": "strict"}
-SPARSE = {"verify": "strict", "kernels": "sparse"}
+SomeOrdinary = pytest.mark.parametrize("structure", SOME, ids=lambda s: s.name)
+STRICT, SPARSE = {"verify": "strict"}, {"verify": "strict", "kernels": "sparse"}
 UNFOLDED = "padst compiles without folding"
 CHANGED = "A permutation that was folded at compile time has changed"
 
@@ -41,9 +42,8 @@ def sparse(inputs: int, outputs: int, structure: Structure, side: str = "") -> S
     shape, size = Shape(outputs, inputs), inputs if side == "input" else outputs
     table = FixedPermutation(IndexMap.of(torch.randperm(size))) if side else None
     indices = structure.select(torch.rand(outputs, inputs), structure.kept(shape, 0.75))
-    return SparseLinear.adopt(
-        nn.Linear(inputs, outputs), structure, indices, table, side or "input"
-    )
+    dense = nn.Linear(inputs, outputs)
+    return SparseLinear.adopt(dense, structure, indices, table, side or "input")
 
 
 class Mlp(nn.Module):
@@ -203,11 +203,7 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- inference -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [ALL[0], *(pytest.param(s, marks=pytest.mark.slow) for s in ALL[1:])],
-    ids=lambda s: s.name,
-)
+@SomeOrdinary
 def test_inference_equals_eager(structure: Structure) -> None:
     model = Mlp(structure).eval()
     with torch.no_grad():

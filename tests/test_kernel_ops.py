@@ -7,6 +7,7 @@ from torch import Tensor
 from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.kernel_ops import (
     BLOCK_MLP,
+    BLOCK_PAIRS,
     DIAGONAL_SUMS,
     GATHERED_SUMS,
     IN_MAP,
@@ -144,3 +145,18 @@ def test_with_maps_the_input_is_moved_before_and_the_output_after(
         torch.testing.assert_close(y, expected[..., q] if maps[1] else expected)
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(MAPPED[op[kind.name]], args, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pairs_are_blocks_whose_inputs_lie_two_by_two(dtype: torch.dtype) -> None:
+    structure, shape = Block(8, 4), Shape(16, 12)
+    weight = torch.randn(16, 12)
+    indices = structure.select(weight, 2)
+    values = structure.pack(weight, indices).to(dtype)
+    pairs = torch.stack([values[..., 0::2, :], values[..., 1::2, :]], dim=-1)
+    tokens = torch.randn(2, 5, 12).to(dtype)
+    y = BLOCK_PAIRS(tokens, pairs, indices, 16)
+    expected = tokens.double() @ structure.unpack(values.double(), indices, shape).t()
+    assert y.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    torch.library.opcheck(BLOCK_PAIRS, (tokens, pairs, indices, 16), test_utils="test_faketensor")

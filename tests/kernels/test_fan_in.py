@@ -78,7 +78,7 @@ def test_a_row_that_reads_an_input_twice_counts_it_twice() -> None:
 
 
 @Cases
-@pytest.mark.parametrize("tokens", [8, 197, 8192])
+@pytest.mark.parametrize("tokens", [32, 197, 8192])
 def test_a_cost_is_positive_and_grows_with_tokens(
     structure: Structure, ways: tuple[Formulation, ...], tokens: int
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_cost_is_positive_and_grows_with_tokens(
         {"dtype": torch.bfloat16},
         {"dtype": torch.float64},
         {"device": "cuda"},
-        {"tokens": 7},
+        {"tokens": 31},
         {"frozen": False},
     ],
     ids=str,
