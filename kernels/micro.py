@@ -69,7 +69,11 @@ def source(call: str, *headers: str) -> str:
     """Return a kernel that makes this call, with the headers that it needs."""
     here = Path(__file__).resolve().parent
     names = ("vectors.h", "turn.h", "sums.h", *headers)
-    texts = [(here / name).read_text("utf-8") for name in names]
+    texts = []
+    for name in names:  # with cpp_wrapper all kernels of a graph are one file
+        guard = f"PADST_{name.upper().replace('.', '_')}"
+        text = (here / name).read_text("utf-8")
+        texts.append(f"#ifndef {guard}\n#define {guard}\n{text}\n#endif")
     return "\n".join(["{{template.header().getvalue()}}", *texts, BODY.replace("CALL", call)])
 
 

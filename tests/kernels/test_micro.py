@@ -2,9 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+import padst_compiler as padst
 from padst_compiler.formulation import Geometry
 from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
@@ -180,3 +181,22 @@ def test_a_16_bit_layer_runs_the_kernel() -> None:
     assert y.dtype is torch.bfloat16 and "padst::block_sums<" in "".join(codes)
     expected = x.double() @ structure.unpack(values.double(), indices, shape).t()
     torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.slow
+def test_all_kernels_of_a_graph_may_be_one_file() -> None:
+    """``cpp_wrapper`` compiles them together: forward, and both gradients."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    padst.sparsify(
+        model,
+        {"0": padst.SparseConfig("block:16", 0.5, permutation="random"), "2": "fan_in"},
+    )
+    options = {"cpp_wrapper": True, "kernels": "sparse", "verify": "strict"}
+    results = []
+    for call in (model, torch.compile(model, backend="padst", options=options)):
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = call(x)
+        wrt = [x, *(p for p in model.parameters() if p.requires_grad)]
+        results.append([y, *torch.autograd.grad(y.square().sum(), wrt)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
