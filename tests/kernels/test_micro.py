@@ -187,10 +187,8 @@ def test_a_16_bit_layer_runs_the_kernel() -> None:
 def test_all_kernels_of_a_graph_may_be_one_file() -> None:
     """``cpp_wrapper`` compiles them together: forward, and both gradients."""
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-    padst.sparsify(
-        model,
-        {"0": padst.SparseConfig("block:16", 0.5, permutation="random"), "2": "fan_in"},
-    )
+    blocks = padst.SparseConfig("block:16", 0.5, permutation="random")
+    padst.sparsify(model, {"0": blocks, "2": padst.SparseConfig("fan_in", 0.5, permutation="none")})
     options = {"cpp_wrapper": True, "kernels": "sparse", "verify": "strict"}
     results = []
     for call in (model, torch.compile(model, backend="padst", options=options)):
