@@ -112,6 +112,7 @@ def _add_bench(commands: Any) -> None:
     grid.add_argument("--cold", action="store_true", help="cold weights as well")
     types = ("fp32", "bf16", "fp16")
     grid.add_argument("--dtypes", nargs="*", default=["fp32"], choices=types)
+    grid.add_argument("--dense-peers", action="store_true", help="leave out CSR, BSR, scipy")
     grid.add_argument("--models", nargs="*", help="instead: vit_b16, gpt2, vit_b16:LAYERS")
     grid.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="of models")
     grid.add_argument("--train", action="store_true", help="forward and backward as well")
@@ -214,6 +215,7 @@ def _bench_cpu(options: argparse.Namespace) -> str:
             cold=(False, True) if every or options.cold else (False,),
             dtypes=options.dtypes,
             train=modes,
+            others=not options.dense_peers,
             permutation="random" if options.permutation == "learned" else options.permutation,
         )
     try:

@@ -70,6 +70,7 @@ class Case:
     dtype: str = "fp32"
     train: bool = False
     permutation: str = "random"
+    others: bool = True
 
 
 def cases(
@@ -83,6 +84,7 @@ def cases(
     dtypes: Iterable[str] = ("fp32",),
     train: Iterable[bool] = (False,),
     permutation: str = "random",
+    others: bool = True,
 ) -> Iterator[Case]:
     """Yield all combinations."""
     for layer, core, count, dtype, step, part, kind, each in itertools.product(
@@ -90,7 +92,7 @@ def cases(
     ):
         # Fan-in and unstructured weights absorb every permutation: none is there.
         chosen = "none" if kind.split(":")[0] in ("fan_in", "unstructured") else permutation
-        yield Case(layer, kind, part, count, core, each, dtype, step, chosen)
+        yield Case(layer, kind, part, count, core, each, dtype, step, chosen, others)
 
 
 def measure(case: Case, *, rounds: int = 9) -> list[str]:
@@ -113,7 +115,10 @@ def measure(case: Case, *, rounds: int = 9) -> list[str]:
     (layer,) = sparse_layers(sparse).values()
     density = layer.values.numel() / layer.shape.numel
     with torch.set_grad_enabled(case.train):
-        calls = (trained if case.train else inferred)(sparse, dense, x)
+        if case.train:
+            calls = trained(sparse, dense, x)
+        else:
+            calls = inferred(sparse, dense, x, others=case.others)
         for call in calls.values():
             call()
         times = (cold if case.cold else paired)(calls, rounds=rounds)

@@ -24,7 +24,7 @@ AUTOTUNED = "max-autotune-no-cudagraphs"
 Calls = dict[str, Callable[[], Any]]
 
 
-def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:
+def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor, *, others: bool = True) -> Calls:
     """Return a forward pass of every contestant; sparse peers and onnxruntime in fp32 only.
 
     "graph" is ours without what ``torch.compile`` does around it in each call (guards).
@@ -33,6 +33,7 @@ def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:
         sparse: holds one sparse layer, of the shape of ``dense``; both in eval mode.
         dense: the layer whose peers are timed.
         x: ``[tokens, inputs]``, of the type of the weights.
+        others: sparse peers too, which take seconds for many tokens.
     """
     weight, bias = _effective(sparse), dense.bias.detach()
     mask = (weight != 0).to(weight.dtype)
@@ -51,9 +52,13 @@ def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:
         "graph": graphs[-1],
         "F.linear": lambda: F.linear(x, dense.weight, bias),
         "Inductor": lambda: inductor(x),
-        "masked dense": lambda: F.linear(x, dense.weight * mask, bias),
     }
-    if x.dtype != torch.float32:
+    if x.dtype is torch.float32 and (ort := in_onnxruntime(dense, x)) is not None:
+        calls["onnxruntime"] = ort
+    if not others:
+        return calls
+    calls["masked dense"] = lambda: F.linear(x, dense.weight * mask, bias)
+    if x.dtype is not torch.float32:
         return calls
     (layer,) = sparse_layers(sparse).values()
     rows = weight.to_sparse_csr()
@@ -64,8 +69,7 @@ def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:
     compressed, columns = scipy.sparse.csr_matrix(weight.numpy()), x.numpy().T
     added = bias.numpy()
     calls["scipy CSR"] = lambda: (compressed @ columns).T + added
-    ort = in_onnxruntime(dense, x)
-    return calls if ort is None else {**calls, "onnxruntime": ort}
+    return calls
 
 
 def trained(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:

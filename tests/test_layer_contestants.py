@@ -51,8 +51,11 @@ def test_all_train_the_same() -> None:
         torch.testing.assert_close(grad, of_inputs["F.linear"], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_no_sparse_peer_in_16_bits() -> None:
+def test_no_sparse_peer_in_16_bits_or_where_none_is_wanted() -> None:
     sparse, dense = layers()
+    with torch.no_grad():
+        calls = inferred(sparse.eval(), dense.eval(), torch.randn(5, 32), others=False)
+    assert set(calls) == {"padst", "graph", *DENSE}
     x = torch.randn(5, 32).bfloat16()
     with torch.no_grad():
         calls = inferred(sparse.bfloat16().eval(), dense.bfloat16().eval(), x)

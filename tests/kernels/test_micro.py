@@ -189,7 +189,7 @@ def test_all_kernels_of_a_graph_may_be_one_file() -> None:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
     blocks = padst.SparseConfig("block:16", 0.5, permutation="random")
     padst.sparsify(model, {"0": blocks, "2": padst.SparseConfig("fan_in", 0.5, permutation="none")})
-    options = {"cpp_wrapper": True, "kernels": "sparse", "verify": "strict"}
+    options: dict[str, Any] = {"cpp_wrapper": True, "kernels": "sparse", "verify": "strict"}
     results = []
     for call in (model, torch.compile(model, backend="padst", options=options)):
         x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
