@@ -87,7 +87,7 @@ def _fan_in_cost(g: Geometry) -> float | None:
     if not isinstance(g.structure, FanIn) or g.tokens > FEW or not _applies(g):
         return None
     kept, outputs = g.nnz // g.shape.out_features, g.shape.out_features
-    rate, casts = widening(g, 0.2)
+    rate, casts = widening(g, 0.026)  # a gather of the hardware is a number at a time
     return gemm(g.tokens, kept, outputs, efficiency=rate) + _laid_out(g) + casts
 
 
