@@ -121,7 +121,9 @@ def measure(case: Case, *, rounds: int = 9) -> list[str]:
             calls = inferred(sparse, dense, x, others=case.others)
         for call in calls.values():
             call()
-        times = (cold if case.cold else paired)(calls, rounds=rounds)
+        settle = 0.02 if case.threads > 1 else 0.0
+        timed = cold if case.cold else partial(paired, settle=settle)
+        times = timed(calls, rounds=rounds)
         kernels = [] if case.train else explain(sparse, x, options={"verify": False}).kernels
     best = min((times[name] for name in DENSE if name in times), key=lambda time: time.median)
     flops = (6.0 if case.train else 2.0) * layer.values.numel() * case.tokens

@@ -38,6 +38,7 @@ def paired(
     *,
     rounds: int = 11,
     seconds: float = 0.05,
+    settle: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time callables against each other.
@@ -46,6 +47,8 @@ def paired(
         contestants: name to a callable without arguments; synchronise inside it on a GPU.
         rounds: how often each is measured.
         seconds: how long one measurement lasts at least.
+        settle: how long each is called before, uncounted: threads of the one before it may spin
+            for milliseconds, onnxruntime's do.
         clock: a monotonic clock in seconds.
 
     Example:
@@ -68,6 +71,9 @@ def paired(
     results: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
+            start = clock()
+            while clock() - start < settle:
+                call()
             start = clock()
             for _ in range(repeats[name]):
                 call()

@@ -51,6 +51,18 @@ def test_contestants_take_turns_each_for_the_asked_time() -> None:
     assert [len(run) for run in runs[2:]] == [2, 4, 2, 4]  # after the warm-up of each
 
 
+def test_what_runs_while_others_settle_is_not_counted() -> None:
+    clock = Clock()
+    calls = {"a": clock.work("a", 0.0625), "b": clock.work("b", 0.03125)}
+    times = paired(calls, rounds=2, seconds=0.0625, settle=0.125, clock=clock)
+    runs = re.findall(r"a+|b+", "".join(clock.log))
+    assert [len(run) for run in runs[2:]] == [2 + 1, 4 + 2] * 2
+    assert {name: time.rounds for name, time in times.items()} == {
+        "a": (0.0625, 0.0625),
+        "b": (0.03125, 0.03125),
+    }
+
+
 def test_a_call_longer_than_a_measurement_runs_once_a_round() -> None:
     clock = Clock()
     times = paired({"one": clock.work("x", 3.0)}, rounds=3, seconds=0.1, clock=clock)
