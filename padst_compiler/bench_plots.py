@@ -44,7 +44,9 @@ def layers_picture(rows: Sequence[Row], path: Path) -> Path:
             name = f"{tokens} tokens {rest}".strip()
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=shade, ms=3, label=name)
         axis.axhline(1.0, color=INK, linewidth=0.8)
-        axis.set(title=kind, xlabel="sparsity", ylabel="times the best dense peer", yscale="log")
+        axis.set(title=kind, xlabel="sparsity", ylabel="times the best dense peer")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         with_open_frame(axis)
         axis.legend(frameon=False, fontsize=6)
     for axis in axes.flat[len(kinds) :]:
