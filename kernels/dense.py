@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
-from padst_compiler.packed_ops import pays
+from padst_compiler.packed_ops import SMALLEST, pays
 from padst_compiler.structures import Shape, Structure, unit_of
 
 __all__ = ["dense"]
@@ -57,7 +57,7 @@ def _with_weight(g: Geometry) -> float:
     product = gemm(g.tokens, g.shape.in_features, g.shape.out_features)
     if g.frozen and pays(g.tokens, numbers, g.dtype, g.device):
         product = REST * product + PACKED * numbers
-    elif g.tokens > 2:
+    elif g.tokens > 2 and numbers >= SMALLEST:  # smaller ones were not timed
         product = max(product, REST * product + LAID_OUT * numbers)
     return product if g.frozen else product + moved(1.5 * g.shape.numel, g.item)
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from padst_compiler.cpp_templates import opaque_strides, takes_opaque_inputs
 
-__all__ = ["PACKED_LINEAR", "PACKED_WEIGHT", "pays"]
+__all__ = ["PACKED_LINEAR", "PACKED_WEIGHT", "SMALLEST", "pays"]
 
 FEWEST, MOST = 3, 512  # tokens: fewer read the weight once anyway, for more BLAS is as fast
 SMALLEST = 1 << 18  # numbers of a weight
