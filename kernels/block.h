@@ -39,7 +39,8 @@ PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, 
         for (int r = 0; r < R; r++) {
           const vec<L> value = all<L>(xs[r * row + (k + u) * step]);
 #pragma GCC unroll 8
-          for (int v = 0; v < V; v++) sums[u][r][v] = Math::template add<L>(value, weights[v], sums[u][r][v]);
+          for (int v = 0; v < V; v++)
+            sums[u][r][v] = Math::template add<L>(value, weights[v], sums[u][r][v]);
         }
       }
     }
@@ -120,7 +121,8 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
                         float* out) __attribute__((always_inline)) {
     const int64_t group = at / PARTS, inside = at % PARTS * N;
     const float* weights = w + layout.first(group) * IN * OUT + inside;
-    return tile_of<N, IN, Math>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out, left);
+    return tile_of<N, IN, Math>(from, ROW ? ROW : width, 1, layout.of(group), weights, OUT, 0, out,
+                                left);
   };
   all_sums<N, CHUNK, READ, MOVED>(x, row, tokens, features, inputs, in_map, {0, 16, false},
                                layout.groups * PARTS, out_map, threads, tile, store);
