@@ -59,7 +59,7 @@ STRUCTURES = [FanIn(), NM(10, 2), NM(40, 3), Diagonal()]
     "structure",
     [*STRUCTURES[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES[1:])],
 )
-@pytest.mark.parametrize("tokens", [(2, 19), pytest.param((1,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [(2, 19), pytest.param((1,), marks=pytest.mark.exhaustive)])
 def test_both_gradients_become_kernels(structure: Structure, tokens: tuple[int, ...]) -> None:
     for shape in (Shape(48, 80), Shape(80, 240)):
         values, indices, dense = weights(structure, shape)
@@ -139,8 +139,16 @@ def test_what_the_kernels_do_not_do_calls_the_operator(why: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("structure", ["fan_in", "nm:16", "diagonal"])
+@pytest.mark.parametrize(
+    ("structure", "dtype"),
+    [
+        *((name, torch.float32) for name in ("fan_in", "nm:16", "diagonal")),
+        ("fan_in", torch.bfloat16),
+        pytest.param("nm:16", torch.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param("diagonal", torch.bfloat16, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 def test_a_model_trains_through_the_kernels(structure: str, dtype: torch.dtype) -> None:
     import padst_compiler as padst
 

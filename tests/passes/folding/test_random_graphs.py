@@ -439,7 +439,10 @@ def test_random_graphs_keep_their_numbers(rewrite: Rewrite, seed: int, steps: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(20))
+@pytest.mark.parametrize(
+    "part",
+    [*range(10), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(10, 20))],
+)
 def test_two_thousand_random_graphs_keep_their_numbers(rewrite: Rewrite, part: int) -> None:
     rng = random.Random(part)
     sums = [0.0, 0.0]
