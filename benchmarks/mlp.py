@@ -56,7 +56,7 @@ def row(
     report: Explanation | None,
 ) -> list[str]:
     """Time the contestants together and format their row."""
-    times = paired(contestants, settle=0.02)
+    times = paired(contestants, settle=0.1)
     dense = {name: time for name, time in times.items() if name != "padst"}
     best = min(dense.values(), key=lambda time: time.median)
     middle, low, high = ratio(best, times["padst"])

@@ -121,7 +121,7 @@ def measure(case: Case, *, rounds: int = 9) -> list[str]:
             calls = inferred(sparse, dense, x, others=case.others)
         for call in calls.values():
             call()
-        settle = 0.02 if case.threads > 1 else 0.0
+        settle = 0.1 if case.threads > 1 else 0.0
         timed = cold if case.cold else partial(paired, settle=settle)
         times = timed(calls, rounds=rounds)
         kernels = [] if case.train else explain(sparse, x, options={"verify": False}).kernels

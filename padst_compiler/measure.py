@@ -47,8 +47,8 @@ def paired(
         contestants: name to a callable without arguments; synchronise inside it on a GPU.
         rounds: how often each is measured.
         seconds: how long one measurement lasts at least.
-        settle: how long each is called before, uncounted: threads of the one before it may spin
-            for milliseconds, onnxruntime's do.
+        settle: how long each is called before, uncounted: threads of the one before it may spin,
+            and onnxruntime's do so for tens of milliseconds.
         clock: a monotonic clock in seconds.
 
     Example:

@@ -106,7 +106,7 @@ def measure(
         model.train(case.train)
     run = _trained if case.train else _inferred
     calls, difference = run(dense, sparse, x, classes)
-    settle = 0.02 if case.threads > 1 else 0.0
+    settle = 0.1 if case.threads > 1 else 0.0
     times = paired(calls, rounds=rounds, settle=settle, clock=clock)
     best = min((times[name] for name in DENSE if name in times), key=lambda time: time.median)
     items = case.batch * case.size.items
