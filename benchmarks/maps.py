@@ -10,14 +10,14 @@ graphs are called in turns, one thread. A permutation that folds is not in the g
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 import padst_compiler as padst
-from padst_compiler.backend import padst as compile_graph
+from padst_compiler.layer_contestants import compiled
 from padst_compiler.measure import machine, paired, ratio
 from padst_compiler.text import table
 
@@ -33,15 +33,7 @@ def graph(
     form = "none" if side is None else "random"
     config = padst.SparseConfig(structure, sparsity=0.9, permutation=form, side=side or "auto")
     padst.sparsify(model, config, filter_fn=lambda site: True)
-    found: list[Callable[[], Any]] = []
-
-    def backend(captured: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
-        run = compile_graph(captured, arguments)
-        found.append(lambda: run(*arguments))
-        return run
-
-    torch.compile(model, backend=backend)(x)
-    return found[-1]
+    return compiled(model, x)[1]
 
 
 def main() -> None:

@@ -143,6 +143,7 @@ def sums(
     numbers: Mapping[str, Any],
     *,
     apart: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Return what a kernel of sums computes, or None where it does not take these arguments.
 
@@ -155,8 +156,9 @@ def sums(
         outputs: of the kernel.
         numbers: what else the text names: ``N`` and ``WEIGHTS``, the number of weights, at least.
         apart: whether the kernel needs something around every row of x.
+        dtype: of x. Numbers of 16 bits are read two in the place of one, and ``I`` counts those.
     """
-    if x.get_device().type != "cpu" or x.get_dtype() is not torch.float32:
+    if x.get_device().type != "cpu" or x.get_dtype() is not dtype:
         return None
     given = {key: m for key, m in zip(("IN_MAP", "OUT_MAP"), maps, strict=True) if m is not None}
     if any(table.get_dtype() is not torch.int64 for table in given.values()):
@@ -166,8 +168,10 @@ def sums(
     if "OUT_MAP" in given and cpp.numbers(given["OUT_MAP"].get_size()) != [outputs]:
         return None
     (inputs,) = cpp.numbers(given["IN_MAP"].get_size() if "IN_MAP" in given else [features])
-    read = "THROUGH" if "IN_MAP" in given else "APART" if apart or inputs % PAGE == 0 else "HERE"
     flat = cpp.view(x, [-1, features])
+    if dtype in HALF:
+        flat, inputs = cpp.contiguous(flat), inputs // 2  # pairs begin at even places
+    read = "THROUGH" if "IN_MAP" in given else "APART" if apart or inputs % PAGE == 0 else "HERE"
     limits = {"IN_MAP": features, "OUT_MAP": outputs}
     values = {
         "I": inputs,

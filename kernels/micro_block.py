@@ -152,10 +152,14 @@ def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
 
 
 def blocks_of(
-    x: Any, indices: Any, sizes: Sequence[Any], out_features: Any
+    x: Any,
+    indices: Any,
+    sizes: Sequence[Any],
+    out_features: Any,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, int] | None:
     """Return the numbers of a balanced layer of blocks, or None where the kernels do not apply."""
-    if x.get_device().type != "cpu" or x.get_dtype() is not torch.float32:
+    if x.get_device().type != "cpu" or x.get_dtype() is not dtype:
         return None
     if indices.get_dtype() is not torch.int32 or not cpp.are_numbers([*sizes, out_features]):
         return None

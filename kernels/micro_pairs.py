@@ -16,8 +16,8 @@ from torch import Tensor
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import BLOCK_PAIRS
-from padst_compiler.kernels.micro import ALONE, PAGE, fits, products_of, source, widening, width
-from padst_compiler.kernels.micro_block import LINEAR_RATE
+from padst_compiler.kernels.micro import fits, products_of, source, sums, widening, width
+from padst_compiler.kernels.micro_block import LINEAR_RATE, blocks_of
 from padst_compiler.structures import Block
 
 __all__ = ["LINEAR_FORM", "LOWERINGS"]
@@ -63,33 +63,18 @@ def lower_pairs(x: Any, pairs: Any, indices: Any, out_features: Any) -> Any:
 
 
 def _sums(x: Any, pairs: Any, indices: Any, out_features: Any) -> Any:
-    sizes = [*pairs.get_size()[:4], x.get_size()[-1], out_features]
-    if x.get_device().type != "cpu" or {x.get_dtype(), pairs.get_dtype()} != {torch.bfloat16}:
+    dtype = torch.bfloat16
+    blocks = blocks_of(x, indices, pairs.get_size()[:4], out_features, dtype)
+    if blocks is None or pairs.get_dtype() is not dtype or not width(blocks["R"]):
         return None
-    if indices.get_dtype() is not torch.int32 or not cpp.are_numbers(sizes):
-        return None
-    rows, kept, half, r, inputs, outputs = cpp.numbers(sizes)
-    if rows * r != outputs or not width(r):
-        return None
-    flat = cpp.contiguous(cpp.view(x, [-1, inputs]))  # pairs begin at even places
-    read = "APART" if inputs // 2 % PAGE == 0 else "HERE"
-    values = {
-        "I": inputs // 2,
-        "READ": f"padst::Read::{read}",
-        "CHECKED": [],
-        "ROWS": 16,
-        "ALONE": ALONE,
-        "GROUPS": rows,
-        "KEPT": kept,
-        "IN": half,
-        "OUT": r,
-        "N": width(r),
-        "WEIGHTS": rows * kept * half * r,
-    }
-    tensors = {"X": flat, "W": pairs, "INDICES": indices}
-    text, size = source(CALL, "block.h"), (flat.get_size()[0], outputs)
-    y = cpp.run("padst_block_pairs", text, tensors, size, values)
-    return cpp.view(y, [*x.get_size()[:-1], outputs])
+    rows, kept, half, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": half, "OUT": r, "N": width(r)}
+    numbers["WEIGHTS"] = rows * kept * half * r
+    text, tensors, no_maps = source(CALL, "block.h"), {"W": pairs, "INDICES": indices}, (None, None)
+    total = rows * r
+    return sums(
+        "padst_block_pairs", text, x, tensors, no_maps, total, numbers, apart=False, dtype=dtype
+    )
 
 
 LOWERINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {BLOCK_PAIRS: lower_pairs}

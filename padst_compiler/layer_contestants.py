@@ -15,7 +15,7 @@ from padst_compiler.backend import padst
 from padst_compiler.layers import sparse_layers
 from padst_compiler.structures.block import Block
 
-__all__ = ["DENSE", "OTHERS", "in_onnxruntime", "inferred", "trained"]
+__all__ = ["DENSE", "OTHERS", "compiled", "in_onnxruntime", "inferred", "trained"]
 
 DENSE = ("F.linear", "Inductor", "onnxruntime")
 OTHERS = ("masked dense", "torch CSR", "torch BSR", "scipy CSR")
@@ -37,19 +37,11 @@ def inferred(sparse: nn.Module, dense: nn.Linear, x: Tensor, *, others: bool = T
     """
     weight, bias = _effective(sparse), dense.bias.detach()
     mask = (weight != 0).to(weight.dtype)
-    graphs: list[Callable[[], Any]] = []
-
-    def backend(graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
-        run = padst(graph, arguments)
-        graphs.append(lambda: run(*arguments))
-        return run
-
-    ours = torch.compile(sparse, backend=backend)
-    ours(x)
+    ours, graph = compiled(sparse, x)
     inductor = torch.compile(dense, mode=AUTOTUNED)
     calls: Calls = {
         "padst": lambda: ours(x),
-        "graph": graphs[-1],
+        "graph": graph,
         "F.linear": lambda: F.linear(x, dense.weight, bias),
         "Inductor": lambda: inductor(x),
     }
@@ -95,6 +87,25 @@ def trained(sparse: nn.Module, dense: nn.Linear, x: Tensor) -> Calls:
         "Inductor": step(inductor, dense),
         "masked dense": step(lambda x: F.linear(x, dense.weight * mask, dense.bias), dense),
     }
+
+
+def compiled(model: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Any], Callable[[], Any]]:
+    """Return a model that runs through ``padst``, and a call of its compiled graph on ``x`` alone.
+
+    Args:
+        model: one graph.
+        x: its input; the model runs on it once.
+    """
+    graphs: list[Callable[[], Any]] = []
+
+    def backend(graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
+        run = padst(graph, arguments)
+        graphs.append(lambda: run(*arguments))
+        return run
+
+    ours = torch.compile(model, backend=backend)
+    ours(x)
+    return ours, graphs[-1]
 
 
 def _effective(sparse: nn.Module) -> Tensor:

@@ -33,11 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _independent() -> Iterator[None]:
-    """Let no test see another's random numbers or count against another's recompile limit."""
+    """Let no test see another's random numbers, threads or share of the recompile limit."""
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    threads = torch.get_num_threads()
     yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,18 +1,9 @@
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from padst_compiler.layer_benchmark import HEADERS, Case, cases, measure, report
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_cases_are_all_combinations() -> None:

@@ -1,10 +1,8 @@
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from padst_compiler.bench_models import Size
 from padst_compiler.model_benchmark import HEADERS, Case, cases, measure, report
@@ -12,13 +10,6 @@ from padst_compiler.model_benchmark import HEADERS, Case, cases, measure, report
 VIT = Size(text=False, depth=1, width=32, heads=2, side=32, outputs=7)
 GPT = Size(text=True, depth=1, width=32, heads=2, side=9, outputs=11)
 TINY = Case("tiny", VIT, "block:16", 0.5, batch=2, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_cases_are_all_combinations() -> None:

@@ -2,6 +2,11 @@
 // gradient), block columns and maps; writes the results to standard output.
 using namespace padst;
 
+#ifndef MATH
+#define MATH Single  // or Pairs: a float is two numbers of bf16
+#endif
+constexpr bool SINGLE = std::is_same_v<MATH, Single>;
+
 enum Kind : int32_t { LINEAR, DX, DW };
 
 struct Case {
@@ -24,8 +29,9 @@ template <int OUT, int IN> static void run(const Case& c) {
       for (int64_t v = 0; v < N; v++) y.at((m + r) * across + n + v) += tile[r * N + v];
   };
   if (dw) {
-    block_gradient<N, IN, OUT>(x.data(), c.row, c.features, w.data(), results, c.tokens, indices.data(), rows,
-                               c.kept, c.threads, store);
+    if constexpr (SINGLE)
+      block_gradient<N, IN, OUT>(x.data(), c.row, c.features, w.data(), results, c.tokens, indices.data(),
+                                 rows, c.kept, c.threads, store);
   } else {
     const ByColumn<IN, OUT> by(w.data(), indices.data(), dx ? rows : 0, c.kept, c.columns, c.threads);
     const Layout layout = dx ? by.layout() : Layout{indices.data(), nullptr, c.kept, rows};
@@ -34,7 +40,7 @@ template <int OUT, int IN> static void run(const Case& c) {
     const auto to = take<int64_t>(c.moved ? results : 0);
     check_map(to.data(), (int64_t)to.size(), results);
     const auto sums = [&](auto read, auto moved) {
-      block_sums<N, IN, OUT, 0, decltype(read)::value, decltype(moved)::value>(
+      block_sums<N, IN, OUT, 0, decltype(read)::value, decltype(moved)::value, 32, MATH>(
           x.data(), c.row, c.tokens, c.features, wide, map.data(),
           dx ? by.weights.begin : w.data(), layout, to.data(), c.threads, store);
     };

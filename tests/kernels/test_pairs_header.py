@@ -14,17 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from .test_block_header import SLOW, assert_right, assert_same, builder, shared
+from .test_block_header import KINDS, SLOW, assert_right, assert_same, builder, shared
 
+LINEAR = KINDS.index("linear")
 SIDES = [(16, 2), (16, 16), (32, 32), (64, 8), (128, 64), (48, 12), (8, 6), (4, 4)]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
-    sides = " ".join(f"SIDES({rows}, {columns})" for rows, columns in SIDES)
-    headers, cases = ("vectors.h", "turn.h", "sums.h", "block.h"), f"#define ALL_SIDES {sides}"
-    return builder(shared(tmp_path_factory, "pairs"), headers, cases, "pairs_driver.cpp")
+    sides = " ".join(f"SIDES({rows}, {columns // 2})" for rows, columns in SIDES)
+    headers = ("vectors.h", "turn.h", "sums.h", "block.h")
+    cases = f"#define MATH Pairs\n#define ALL_SIDES {sides}"
+    return builder(shared(tmp_path_factory, "pairs"), headers, cases, "block_driver.cpp")
 
 
 def bf16(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.uint16]:
@@ -53,8 +55,14 @@ class Problem:
                 dense[here] = exact(values[at, slot]).T
         self.expected = exact(x) @ dense.T
         pairs = values.reshape(rows, kept, c // 2, 2, r).swapaxes(-1, -2)
-        numbers = (r, c, tokens, rows, kept, columns, int(rng.integers(2)), threads)
-        self.bytes = struct.pack("8i", *numbers) + x.tobytes() + pairs.tobytes() + indices.tobytes()
+        wide, read, moved = columns * c // 2, int(rng.integers(2)), bool(rng.integers(2))
+        numbers = (LINEAR, r, c // 2, tokens, rows, kept, columns, wide, read, wide, moved, threads)
+        self.bytes = struct.pack("12i", *numbers)
+        self.bytes += x.tobytes() + pairs.tobytes() + indices.tobytes()
+        if moved:
+            to = rng.permutation(rows * r)
+            self.bytes += to.tobytes()
+            self.expected = self.expected[:, to]
 
 
 def some(count: int, seed: int = 0, threads: int = 1) -> list[Problem]:
