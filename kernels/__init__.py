@@ -1,5 +1,5 @@
 """How a device runs one operator: formulations that Inductor compiles well, and kernels of ours."""
 
-from padst_compiler.kernels.registry import CANDIDATES, PLAIN, PORTABLE, install
+from padst_compiler.kernels.registry import CANDIDATES, DENSE, PLAIN, PORTABLE, install
 
-__all__ = ["CANDIDATES", "PLAIN", "PORTABLE", "install"]
+__all__ = ["CANDIDATES", "DENSE", "PLAIN", "PORTABLE", "install"]

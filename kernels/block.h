@@ -56,11 +56,16 @@ PADST_INLINE void sums_of(const float* __restrict x, int64_t row, int64_t step, 
     }
 }
 
+// How many rows the next smaller tile has: a power of two, so that chunks and few tokens are tiled.
+constexpr int smaller(int rows, int most = 16) {
+  return 3 * most <= 2 * rows || most == 1 ? most : smaller(rows, most / 2);
+}
+
 // Do as many rows of x as have room, of those that are left; return how many.
 template <int N, int C, typename Math = Single>
 PADST_INLINE int tile_of(const float* x, int64_t row, int64_t step, Blocks blocks, const float* w,
                          int64_t ldw, int64_t length, float* out, int64_t left) {
-  constexpr int R = tokens_of(N), H = R > 2 ? R / 2 : 1, Q = H > 2 ? H / 2 : 1;
+  constexpr int R = tokens_of(N), H = smaller(R), Q = smaller(H);
   if (left >= R) return sums_of<R, N, C, Math>(x, row, step, blocks, w, ldw, length, out), R;
   if (left >= H) return sums_of<H, N, C, Math>(x, row, step, blocks, w, ldw, length, out), H;
   if (left >= Q) return sums_of<Q, N, C, Math>(x, row, step, blocks, w, ldw, length, out), Q;

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from padst_compiler.formulation import Formulation, Geometry, gemm, moved
-from padst_compiler.packed_ops import SMALLEST, pays
+from padst_compiler.cpu_products import HALF, products_of
+from padst_compiler.formulation import LAUNCH, Formulation, Geometry, gemm, moved
+from padst_compiler.packed_ops import SMALLEST, gains
 from padst_compiler.structures import Shape, Structure, unit_of
 
 __all__ = ["dense"]
@@ -47,17 +48,18 @@ def dense(kind: type[Structure]) -> tuple[Formulation, Formulation, Formulation]
     )
 
 
-# Of BLAS and oneDNN, 768-3072 and back, 1 thread: what laying out a weight takes in each call, or
-# reading one that was laid out, and what the rest takes. With many tokens it is the rate itself.
-LAID_OUT, PACKED, REST = 50.0, 35.0, 0.85
+# Of a dense product: what laying out a weight takes BLAS in each call (768-3072, 1 thread). Where
+# it is laid out for our kernel, it is read at READ, and the product has REST of what BLAS takes.
+LAID_OUT, READ, REST = 50.0, 12.0, 0.85
 
 
 def _with_weight(g: Geometry) -> float:
-    numbers = g.shape.numel
+    numbers, flops = g.shape.numel, 2.0 * g.tokens * g.shape.numel
+    if g.frozen and gains(g.tokens, numbers, g.dtype, g.device):
+        widened = g.dtype in HALF and not products_of(g.dtype)  # as fast as fp32: see `widening`
+        return max(REST * flops, READ * numbers) * (0.5 if widened else 1.0) + LAUNCH
     product = gemm(g.tokens, g.shape.in_features, g.shape.out_features)
-    if g.frozen and pays(g.tokens, numbers, g.dtype, g.device):
-        product = REST * product + PACKED * numbers
-    elif g.tokens > 2 and numbers >= SMALLEST:  # smaller ones were not timed
+    if g.tokens > 2 and numbers >= SMALLEST:  # smaller ones were not timed
         product = max(product, REST * product + LAID_OUT * numbers)
     return product if g.frozen else product + moved(1.5 * g.shape.numel, g.item)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from padst_compiler import cpp_templates as cpp
+from padst_compiler.cpu_products import HALF, products_of
 from padst_compiler.formulation import Geometry, moved
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "BODY",
     "fits",
     "gradient",
-    "products_of",
     "source",
     "sums",
     "wide",
@@ -35,7 +35,6 @@ __all__ = [
 
 ALONE = 1_500_000  # multiplications that one thread does faster than others wake up
 PAGE = 1024  # numbers
-HALF = (torch.bfloat16, torch.float16)
 
 BODY = """
 extern "C" {{export}}
@@ -120,15 +119,6 @@ def widening(geometry: Geometry, rate: float) -> tuple[float, float]:
     return rate / faster, moved(numbers, geometry.item)
 
 
-def products_of(dtype: torch.dtype) -> tuple[str, ...]:
-    """Name what multiplies 16-bit numbers on this CPU; "unknown" where torch does not tell."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if known.get("architecture") != "x86_64":
-        return ("unknown",)
-    name = "bf16" if dtype is torch.bfloat16 else "fp16"
-    return tuple(unit for unit in ("avx512", "amx") if known.get(f"{unit}_{name}"))
-
-
 def _is_half(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in HALF
 
@@ -156,7 +146,8 @@ def sums(
         outputs: of the kernel.
         numbers: what else the text names: ``N`` and ``WEIGHTS``, the number of weights, at least.
         apart: whether the kernel needs something around every row of x.
-        dtype: of x. Numbers of 16 bits are read two in the place of one, and ``I`` counts those.
+        dtype: of x. Numbers of 16 bits are read two in the place of one, ``I`` and
+            ``FEATURES`` count those.
     """
     if x.get_device().type != "cpu" or x.get_dtype() is not dtype:
         return None
@@ -169,10 +160,13 @@ def sums(
         return None
     (inputs,) = cpp.numbers(given["IN_MAP"].get_size() if "IN_MAP" in given else [features])
     flat = cpp.view(x, [-1, features])
+    limits, through = {"IN_MAP": features, "OUT_MAP": outputs}, "THROUGH"
     if dtype in HALF:
-        flat, inputs = cpp.contiguous(flat), inputs // 2  # pairs begin at even places
-    read = "THROUGH" if "IN_MAP" in given else "APART" if apart or inputs % PAGE == 0 else "HERE"
-    limits = {"IN_MAP": features, "OUT_MAP": outputs}
+        if features % 2 or inputs % 2:
+            return None
+        flat = cpp.contiguous(flat)  # pairs begin at even places
+        features, inputs, through = features // 2, inputs // 2, "PAIRS_THROUGH"
+    read = through if "IN_MAP" in given else "APART" if apart or inputs % PAGE == 0 else "HERE"
     values = {
         "I": inputs,
         "FEATURES": features,

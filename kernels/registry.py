@@ -2,7 +2,7 @@
 
 ``CANDIDATES`` names, for every structured operator, the ways to run it; the dense one comes last.
 ``PLAIN`` leaves out what must be compiled. ``PORTABLE`` is for graphs that leave as ONNX: standard
-operators, costs of onnxruntime.
+operators, costs of onnxruntime. ``DENSE`` runs frozen dense weights.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
-__all__ = ["CANDIDATES", "COMPILED", "PLAIN", "PORTABLE", "install"]
+__all__ = ["CANDIDATES", "COMPILED", "DENSE", "PLAIN", "PORTABLE", "install"]
 
 COMPILED = (
     micro_block,
@@ -37,8 +37,11 @@ COMPILED = (
 )
 """The modules that lower operators in Inductor."""
 
+DENSE = (micro_block.LINEAR_FORM, micro_pairs.LINEAR_FORM)
+"""Ways to run a layer of blocks that run one without zeros well."""
+
 _COMPILED: Candidates = {
-    LINEAR["block"]: (micro_block.LINEAR_FORM, micro_pairs.LINEAR_FORM),
+    LINEAR["block"]: DENSE,
     LINEAR_DX["block"]: (micro_block.DX_FORM,),
     LINEAR_DW["block"]: (micro_block.DW_FORM,),
     LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM),

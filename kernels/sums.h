@@ -9,8 +9,9 @@ namespace padst {
 // What a chunk of x is read from: itself, or a copy of it.
 enum class Read {
   HERE,
-  APART,   // a copy with other strides, or with something around every row
-  THROUGH  // feature k is feature in_map[k] of x
+  APART,         // a copy with other strides, or with something around every row
+  THROUGH,       // feature k is feature in_map[k] of x
+  PAIRS_THROUGH  // of numbers of 16 bits, two in the place of a float
 };
 
 inline void check_map(const int64_t* map, int64_t size, int64_t features) {
@@ -51,7 +52,7 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
   // Steps that a thread does together: few where there are few chunks, so that all have work.
   const int64_t wanted = threads > 1 && !MOVED ? steps * chunks / (4 * threads) : steps;
   const int64_t share = std::max<int64_t>(1, std::min(steps, wanted));
-  const int64_t turned = std::max(READ == Read::THROUGH ? features : 0, MOVED ? outputs : 0);
+  const int64_t turned = std::max(READ >= Read::THROUGH ? features : 0, MOVED ? outputs : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[MOST * N];
@@ -69,6 +70,9 @@ PADST_INLINE void all_sums(const float* x, int64_t row, int64_t tokens, int64_t 
           if (READ == Read::APART) std::memcpy(to, x + t * row, sizeof(float) * inputs);
           if (READ == Read::THROUGH && (t - first) % L == 0)
             through<L>(x + t * row, row, last - t, features, in_map, inputs, lines.begin, to, width);
+          if (READ == Read::PAIRS_THROUGH && (t - first) % L == 0)
+            pairs_through<L>(x + t * row, row, last - t, features, in_map, inputs, lines.begin, to,
+                             width);
           if (around.wraps)
             for (int64_t k = 0; k < around.after; k++) to[inputs + k] = to[k % inputs];
           else

@@ -79,4 +79,37 @@ inline void through(const float* x, int64_t row, int64_t tokens, int64_t feature
   }
 }
 
+// The same for numbers of 16 bits, two in the place of a float: a new pair has halves of two others.
+// `features` and `count` are pairs, the map has two numbers for each.
+template <int L>
+inline void pairs_through(const float* x, int64_t row, int64_t tokens, int64_t features,
+                          const int64_t* map, int64_t count, float* lines, float* out, int64_t to) {
+  if (2 * tokens > L) {
+    to_lines<L>(x, row, tokens, features, L, lines);
+    const auto pick = [&](int64_t k) {
+      const int64_t low = map[2 * k], high = map[2 * k + 1];
+      const auto a = (words<L>)load<L>(lines + low / 2 * L);
+      const auto b = (words<L>)load<L>(lines + high / 2 * L);
+      return (vec<L>)((a >> (uint32_t)(low % 2 * 16) & 0xffffu) | b >> (uint32_t)(high % 2 * 16) << 16);
+    };
+    int64_t k = 0;
+    for (; k + L <= count; k += L) {
+      vec<L> rows[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) rows[i] = pick(k + i);
+      Turn<L, L / 2>::turn(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) store<L>(out + i * to + k, rows[i]);
+    }
+    for (; k < count; k++) {
+      const vec<L> picked = pick(k);
+      for (int i = 0; i < L; i++) out[i * to + k] = picked[i];
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t k = 0; k < 2 * count; k++)
+        std::memcpy((char*)(out + t * to) + 2 * k, (const char*)(x + t * row) + 2 * map[k], 2);
+  }
+}
+
 }  // namespace padst

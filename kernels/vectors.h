@@ -22,6 +22,10 @@ template <int N> struct Vector {
   typedef float type __attribute__((vector_size(4 * N)));
 };
 template <int N> using vec = typename Vector<N>::type;
+template <int N> struct Words {
+  typedef uint32_t type __attribute__((vector_size(4 * N)));
+};
+template <int N> using words = typename Words<N>::type;
 
 // The widest vector that tiles n numbers.
 constexpr int lanes(int n, int most = LANES) { return n % most == 0 ? most : lanes(n, most / 2); }
@@ -65,14 +69,11 @@ struct Pairs {
   }
 
  private:
-  template <int L> struct Bits {
-    typedef uint32_t type __attribute__((vector_size(4 * L)));
-  };
   template <int L> static PADST_INLINE vec<L> first(vec<L> pair) {
-    return (vec<L>)((typename Bits<L>::type)pair << 16);
+    return (vec<L>)((words<L>)pair << 16);
   }
   template <int L> static PADST_INLINE vec<L> second(vec<L> pair) {
-    return (vec<L>)((typename Bits<L>::type)pair & 0xffff0000u);
+    return (vec<L>)((words<L>)pair & 0xffff0000u);
   }
 };
 

@@ -27,7 +27,7 @@ from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import Split, outline, split
 from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
-from padst_compiler.kernels import CANDIDATES, PLAIN, PORTABLE, install
+from padst_compiler.kernels import CANDIDATES, DENSE, PLAIN, PORTABLE, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.passes.keep_whole import KeepWhole
@@ -43,7 +43,7 @@ __all__ = ["Settings", "export_onnx", "fold_dynamo", "padst", "prepare"]
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded
 WAYS = {"inductor": CANDIDATES, "plain": PLAIN, "off": CANDIDATES}
-LAST: Mapping[str, tuple[Pass, ...]] = {"inductor": (PackDense(), KeepWhole())}
+LAST: Mapping[str, tuple[Pass, ...]] = {"inductor": (PackDense(DENSE), KeepWhole())}
 
 
 class _Lower(compat.CustomGraphPass):

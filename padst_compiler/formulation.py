@@ -16,7 +16,7 @@ from torch import Tensor
 
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["Candidates", "Formulation", "Geometry", "gemm", "moved"]
+__all__ = ["LAUNCH", "Candidates", "Formulation", "Geometry", "gemm", "moved"]
 
 # Rates of one class of machine, in floating-point operations of a dense product: what a byte
 # moved and an operation of a smaller product cost. Fitted to paired timings of ``kernels/block.py``

@@ -122,7 +122,7 @@ def test_operators_pass_torchs_own_checks(maps: tuple[Any, Any]) -> None:
 
 def test_every_operator_with_maps_says_where_they_go() -> None:
     sums = {GATHERED_SUMS, PICKED_SUMS, DIAGONAL_SUMS}
-    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP}
+    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP, BLOCK_PAIRS}
     for op, place in IN_MAP.items():
         names = [argument.name for argument in op._schema.arguments]
         assert names[place : place + 2] == ["in_map", "out_map"] == names[-2:]
@@ -155,8 +155,12 @@ def test_pairs_are_blocks_whose_inputs_lie_two_by_two(dtype: torch.dtype) -> Non
     values = structure.pack(weight, indices).to(dtype)
     pairs = torch.stack([values[..., 0::2, :], values[..., 1::2, :]], dim=-1)
     tokens = torch.randn(2, 5, 12).to(dtype)
-    y = BLOCK_PAIRS(tokens, pairs, indices, 16)
-    expected = tokens.double() @ structure.unpack(values.double(), indices, shape).t()
+    in_map, out_map = torch.randperm(12), torch.randperm(16)
+    y = BLOCK_PAIRS(tokens, pairs, indices, 16, in_map, out_map)
+    moved = tokens.double()[..., in_map]
+    expected = (moved @ structure.unpack(values.double(), indices, shape).t())[..., out_map]
     assert y.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
-    torch.library.opcheck(BLOCK_PAIRS, (tokens, pairs, indices, 16), test_utils="test_faketensor")
+    torch.library.opcheck(
+        BLOCK_PAIRS, (tokens, pairs, indices, 16, None, out_map), test_utils="test_faketensor"
+    )

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -6,29 +7,51 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from padst_compiler import cpp_templates as cpp
-from padst_compiler.packed_ops import PACKED_LINEAR, PACKED_WEIGHT, pays
+from padst_compiler.packed_ops import PACKED_LINEAR, PACKED_WEIGHT, gains, packs
 
 LARGE = 1 << 20
 
 
-def test_where_it_pays() -> None:
-    assert pays(3, LARGE, torch.float32, "cpu") and pays(512, LARGE, torch.float32, "cpu")
-    for tokens, numbers, dtype, device in (
-        (2, LARGE, torch.float32, "cpu"),
-        (513, LARGE, torch.float32, "cpu"),
-        (32, 1 << 17, torch.float32, "cpu"),
-        (32, LARGE, torch.bfloat16, "cpu"),
-        (32, LARGE, torch.float64, "cpu"),
-        (32, LARGE, torch.float32, "cuda"),
-    ):
-        assert not pays(tokens, numbers, dtype, device)
+CPU = {"architecture": "x86_64"}
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def test_without_onednn_it_never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "units", "expected"),
+    [
+        (1, FP32, {}, True),
+        (512, FP32, {}, True),
+        (513, FP32, {}, False),
+        (32, torch.float64, {}, False),
+        (1, BF16, {"avx512_bf16": True}, True),
+        (513, BF16, {"avx512_bf16": True}, False),
+        (1, BF16, {"avx512_bf16": True, "amx_bf16": True}, False),
+        (1, FP16, {"avx512_fp16": True}, True),
+        (5000, BF16, {}, True),  # widened
+        (5000, FP16, {}, True),
+        (32, BF16, None, False),  # nothing is known of the CPU
+    ],
+)
+def test_where_a_layout_gains(
+    tokens: int,
+    dtype: torch.dtype,
+    units: dict[str, bool] | None,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known: dict[str, Any] = {} if units is None else CPU | units
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert gains(tokens, LARGE, dtype, "cpu") is expected
+    assert not gains(tokens, 1 << 17, dtype, "cpu") and not gains(tokens, LARGE, dtype, "cuda")
+
+
+def test_where_onednn_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packs(3, FP32, "cpu") and packs(512, FP32, "cpu")
+    for tokens, dtype, device in ((2, FP32, "cpu"), (9, BF16, "cpu"), (9, FP32, "cuda")):
+        assert not packs(tokens, dtype, device)
     monkeypatch.setattr("padst_compiler.packed_ops.takes_opaque_inputs", lambda: False)
-    assert not pays(32, LARGE, torch.float32, "cpu")
-    weight = torch.randn(6, 4)
-    assert not PACKED_WEIGHT(weight, 5).is_mkldnn
+    assert not packs(32, FP32, "cpu")
+    assert not PACKED_WEIGHT(torch.randn(6, 4), 5).is_mkldnn
 
 
 @pytest.mark.parametrize("sizes", [(5, 24), (0, 24), (2, 3, 24), (700, 24)])

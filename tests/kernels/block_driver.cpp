@@ -6,6 +6,7 @@ using namespace padst;
 #define MATH Single  // or Pairs: a float is two numbers of bf16
 #endif
 constexpr bool SINGLE = std::is_same_v<MATH, Single>;
+constexpr Read MAPPED = SINGLE ? Read::THROUGH : Read::PAIRS_THROUGH;
 
 enum Kind : int32_t { LINEAR, DX, DW };
 
@@ -35,8 +36,8 @@ template <int OUT, int IN> static void run(const Case& c) {
   } else {
     const ByColumn<IN, OUT> by(w.data(), indices.data(), dx ? rows : 0, c.kept, c.columns, c.threads);
     const Layout layout = dx ? by.layout() : Layout{indices.data(), nullptr, c.kept, rows};
-    const auto map = take<int64_t>(c.read == (int)Read::THROUGH ? wide : 0);
-    check_map(map.data(), (int64_t)map.size(), c.features);
+    const auto map = take<int64_t>(c.read == (int)MAPPED ? (SINGLE ? wide : 2 * wide) : 0);
+    check_map(map.data(), (int64_t)map.size(), SINGLE ? c.features : 2 * c.features);
     const auto to = take<int64_t>(c.moved ? results : 0);
     check_map(to.data(), (int64_t)to.size(), results);
     const auto sums = [&](auto read, auto moved) {
@@ -49,7 +50,7 @@ template <int OUT, int IN> static void run(const Case& c) {
     };
     if (c.read == (int)Read::HERE) reads(std::integral_constant<Read, Read::HERE>());
     if (c.read == (int)Read::APART) reads(std::integral_constant<Read, Read::APART>());
-    if (c.read == (int)Read::THROUGH) reads(std::integral_constant<Read, Read::THROUGH>());
+    if (c.read == (int)MAPPED) reads(std::integral_constant<Read, MAPPED>());
   }
   std::fwrite(y.data(), sizeof(float), y.size(), stdout);
 }

@@ -86,11 +86,26 @@ def test_what_follows_is_computed_on_the_tiles_at_any_number_of_tokens() -> None
         assert float((y.double() - once.double()).abs().max()) <= 0.07
 
 
+@pytest.mark.parametrize(("features", "in_kernel"), [(96, True), (130, True), (131, False)])
+@pytest.mark.parametrize("tokens", [3, 41])
+def test_maps_are_read_and_written_through(features: int, in_kernel: bool, tokens: int) -> None:
+    values, indices, dense = layer(Block(16))
+    pairs = values.unflatten(2, (-1, 2)).transpose(-1, -2).contiguous()
+    in_map, out_map = torch.randint(features, (96,)), torch.randperm(64)
+    x = torch.randn(tokens, features).bfloat16()
+    compiled = torch.compile(lambda x: BLOCK_PAIRS(x, pairs, indices, 64, in_map, out_map))
+    y, codes = run_and_get_code(compiled, x)
+    assert ("Read::PAIRS_THROUGH, true" in "".join(codes)) is in_kernel
+    expected = (x[:, in_map].double() @ dense.t())[:, out_map]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_numbers_go_to_the_operator_itself() -> None:
     values, indices, dense = layer(Block(16))
     pairs = values.float().unflatten(2, (-1, 2)).transpose(-1, -2).contiguous()
     x = torch.randn(5, 96)
-    y, codes = run_and_get_code(torch.compile(BLOCK_PAIRS), x, pairs, indices, 64)
+    compiled = torch.compile(BLOCK_PAIRS)
+    y, codes = run_and_get_code(compiled, x, pairs, indices, 64, None, None)
     assert "torch.ops.padst.block_pairs" in "".join(codes)
     torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=1e-5, atol=1e-5)
 
@@ -105,7 +120,9 @@ def test_a_model_of_bf16_uses_it_and_lays_frozen_weights_out_once(has_it: None) 
         assert [kernel for _, kernel, _ in report.kernels] == ["bf16_pairs"] * 2
         y, codes = run_and_get_code(torch.compile(model, backend="padst"), x)
         expected = model.double()(x.double())
-    assert "".join(codes).count("padst::Pairs>(") == 2
+    code = "".join(codes)
+    assert code.count("padst::Pairs>(") == 2
+    assert code.count("padst::Read::PAIRS_THROUGH, ") == 1  # the other map is folded
     assert float((y.double() - expected).abs().max()) <= 2e-2 * float(expected.abs().max())
 
 

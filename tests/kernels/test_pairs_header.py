@@ -45,7 +45,10 @@ class Problem:
         r, c = SIDES[rng.integers(len(SIDES))]
         rows, columns = (int(n) for n in rng.integers(1, 6, 2))
         kept, tokens = int(rng.integers(0, columns + 1)), int(rng.integers(1, 90))
-        x, values = bf16(rng, tokens, columns * c), bf16(rng, rows, kept, c, r)
+        read, moved = int(rng.choice([0, 1, 3])), bool(rng.integers(2))  # here, apart, through
+        features = 2 * int(rng.integers(1, 200)) if read == 3 else columns * c
+        x, values = bf16(rng, tokens, features), bf16(rng, rows, kept, c, r)
+        in_map = rng.integers(0, features, columns * c) if read == 3 else np.arange(features)
         picked = [rng.permutation(columns)[:kept] for _ in range(rows)]
         indices = np.stack(picked).reshape(rows, kept).astype(np.int32)
         dense = np.zeros((rows * r, columns * c))
@@ -53,12 +56,13 @@ class Problem:
             for slot, column in enumerate(indices[at]):
                 here = np.s_[at * r : (at + 1) * r], np.s_[column * c : (column + 1) * c]
                 dense[here] = exact(values[at, slot]).T
-        self.expected = exact(x) @ dense.T
+        self.expected = exact(x)[:, in_map] @ dense.T
         pairs = values.reshape(rows, kept, c // 2, 2, r).swapaxes(-1, -2)
-        wide, read, moved = columns * c // 2, int(rng.integers(2)), bool(rng.integers(2))
-        numbers = (LINEAR, r, c // 2, tokens, rows, kept, columns, wide, read, wide, moved, threads)
+        row = features // 2
+        numbers = (LINEAR, r, c // 2, tokens, rows, kept, columns, row, read, row, moved, threads)
         self.bytes = struct.pack("12i", *numbers)
         self.bytes += x.tobytes() + pairs.tobytes() + indices.tobytes()
+        self.bytes += in_map.tobytes() if read == 3 else b""
         if moved:
             to = rng.permutation(rows * r)
             self.bytes += to.tobytes()
