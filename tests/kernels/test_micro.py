@@ -9,7 +9,7 @@ import padst_compiler as padst
 from padst_compiler.formulation import Geometry
 from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
-from padst_compiler.kernels.micro import fits, source, wide, widening, width
+from padst_compiler.kernels.micro import block_width, fits, source, wide, widening, width
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, unit_of
 
@@ -17,6 +17,17 @@ from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structu
 def test_widths_tile_the_outputs() -> None:
     assert [width(n) for n in (256, 96, 80, 24, 12, 6, 1)] == [64, 48, 16, 8, 4, 0, 0]
     assert [width(n, 32) for n in (256, 96, 48)] == [32, 32, 16]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("AVX512", [64, 48, 32, 8, 0]), ("AVX2", [16, 16, 16, 8, 0]), ("DEFAULT", [8, 8, 8, 8, 0])],
+)
+def test_tiles_of_blocks_leave_registers_for_tokens(
+    capability: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [block_width(outputs) for outputs in (128, 48, 32, 24, 6)] == expected
 
 
 def test_a_source_holds_its_headers_once_and_its_call() -> None:

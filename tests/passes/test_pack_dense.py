@@ -157,7 +157,7 @@ def test_a_model_runs_it_and_notices_new_weights() -> None:
         y, codes = run_and_get_code(compiled, x)
         code = "".join(codes)
         assert code.count("padst.packed_linear.default(") == 1
-        assert code.count("padst::block_sums<64, 512, 64,") == 1
+        assert code.count(", 512, 64, 512, padst::Read::HERE") == 1
         torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
         for parameter in model.parameters():
             parameter.mul_(2.0)
