@@ -112,6 +112,18 @@ template <int IN, int OUT> class ByColumn {
   int64_t columns_;
 };
 
+// Numbers of bf16 in rows of OUT as pairs of those of two rows: blocks (2 IN, OUT) as (IN, OUT).
+template <int OUT> class Zipped {
+ public:
+  Zipped(const uint16_t* values, int64_t rows, int threads) : weights(rows * OUT) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t k = 0; k < rows; k++)
+      Pairs::zip(values + 2 * k * OUT, values + (2 * k + 1) * OUT, OUT, weights.begin + k * OUT);
+  }
+
+  const Aligned weights;
+};
+
 // Every sum of x (tokens, inputs) and blocks (IN, OUT), N outputs at once. Rows that lie a multiple
 // of a page apart share few lines of the cache: read APART, they have 16 zeros between them.
 // A ROW of 0 is known at run time only: rows are `row` apart.
@@ -136,41 +148,44 @@ PADST_INLINE void block_sums(const float* x, int64_t row, int64_t tokens, int64_
 // The gradient of every block (IN, OUT): sums over tokens of x (tokens, inputs) and grad. Blocks ask
 // for inputs in any order, so those of a chunk of tokens are laid out by block and stay in the cache
 // while all blocks pass by. The outputs come in order: those of the next part are asked for early.
-template <int N, int IN, int OUT, typename Store>
-PADST_INLINE void block_gradient(const float* x, int64_t x_row, int64_t inputs, const float* grad,
+// With Pairs, x and grad are of bf16 and two tokens are summed at once.
+template <int N, int IN, int OUT, typename Math = Single, typename Number, typename Store>
+PADST_INLINE void block_gradient(const Number* x, int64_t x_row, int64_t inputs, const Number* grad,
                                  int64_t grad_row, int64_t tokens, const int32_t* columns,
                                  int64_t rows, int64_t kept, int threads, const Store& store) {
+  const int64_t steps = (tokens + Math::TOKENS - 1) / Math::TOKENS;
   constexpr int PARTS = OUT / N;
   const int64_t size = kept * IN * N, parts = rows * PARTS;  // sums of a part
   const int64_t room = std::max<int64_t>(16, std::min<int64_t>((1 << 17) / inputs, 4096 / N));
-  const int64_t chunks = (tokens + room - 1) / room, chunk = (tokens + chunks - 1) / chunks;
+  const int64_t chunks = (steps + room - 1) / room, chunk = (steps + chunks - 1) / chunks;
   const Aligned all(parts * size), by_block(chunk * inputs);
   std::memset(all.begin, 0, sizeof(float) * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) float tile[MOST * N];
     const Aligned outputs(chunk * N);
-    for (int64_t first = 0; first < tokens; first += chunk) {
-      const int64_t count = std::min(chunk, tokens - first);
+    for (int64_t first = 0; first < steps; first += chunk) {
+      const int64_t count = std::min(chunk, steps - first);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < count; t++)
         for (int64_t block = 0; block < inputs / IN; block++)
-          std::memcpy(by_block.begin + (block * chunk + t) * IN, x + (first + t) * x_row + block * IN,
-                      sizeof(float) * IN);
+          Math::lay_out(x, x_row, tokens, first + t, block * IN, IN,
+                        by_block.begin + (block * chunk + t) * IN);
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < parts; part++) {
         const int64_t row = part / PARTS;
-        const float* const from = grad + first * grad_row + row * OUT + part % PARTS * N;
+        const int64_t from = row * OUT + part % PARTS * N;
         const bool more = part + 1 < parts;
         for (int64_t t = 0; t < count; t++) {
-          std::memcpy(outputs.begin + t * N, from + t * grad_row, sizeof(float) * N);
-          for (int n = 0; more && n < N; n += 16) __builtin_prefetch(from + t * grad_row + N + n);
+          Math::lay_out(grad, grad_row, tokens, first + t, from, N, outputs.begin + t * N);
+          const Number* const next = grad + (first + t) * Math::TOKENS * grad_row + from + N;
+          for (int n = 0; more && n < N; n += 16) __builtin_prefetch(next + n);
         }
         float* sums = all.begin + part * size;
         for (int64_t slot = 0; slot < kept; slot++) {
           const float* const block = by_block.begin + columns[row * kept + slot] * chunk * IN;
           for (int64_t k = 0, done; k < IN; k += done, sums += done * N) {
-            done = tile_of<N, 0>(block + k, 1, IN, {nullptr, 1}, outputs.begin, N, count,
+            done = tile_of<N, 0, Math>(block + k, 1, IN, {nullptr, 1}, outputs.begin, N, count,
                                  tile, IN - k);
             for (int64_t n = 0; n < done * N; n++) sums[n] += tile[n];
           }

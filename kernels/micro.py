@@ -201,8 +201,9 @@ def gradient(
     indices: Any,
     sizes: tuple[int, int],
     numbers: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return what a kernel of a gradient of weights computes, or None where it is not of fp32.
+    """Return what a kernel of a gradient of weights computes, or None where it is not of ``dtype``.
 
     Args:
         name: in generated code.
@@ -212,9 +213,10 @@ def gradient(
         indices: of the weights.
         sizes: of the result; the second is a whole number of ``N``.
         numbers: what else the text names: ``N`` at least.
+        dtype: of x and grad.
     """
     tensors = (grad, x)
-    if any(t.get_device().type != "cpu" or t.get_dtype() is not torch.float32 for t in tensors):
+    if any(t.get_device().type != "cpu" or t.get_dtype() is not dtype for t in tensors):
         return None
     flat = {key: cpp.view(t, [-1, t.get_size()[-1]]) for key, t in (("X", x), ("G", grad))}
     known = {"ROWS": 16, "ALONE": ALONE, "CHECKED": [], "WEIGHTS": math.prod(sizes)}

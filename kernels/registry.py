@@ -41,9 +41,9 @@ DENSE = (micro_block.LINEAR_FORM, micro_pairs.LINEAR_FORM)
 """Ways to run a layer of blocks that run one without zeros well."""
 
 _COMPILED: Candidates = {
-    LINEAR["block"]: DENSE,
-    LINEAR_DX["block"]: (micro_block.DX_FORM,),
-    LINEAR_DW["block"]: (micro_block.DW_FORM,),
+    LINEAR["block"]: (*DENSE, micro_pairs.ZIPPED_FORM),
+    LINEAR_DX["block"]: (micro_block.DX_FORM, micro_pairs.DX_FORM),
+    LINEAR_DW["block"]: (micro_block.DW_FORM, micro_pairs.DW_FORM),
     LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM),
     LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM,),
     LINEAR_DX["diagonal"]: (micro_diagonal.DX_FORM,),

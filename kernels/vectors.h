@@ -54,6 +54,12 @@ template <> PADST_INLINE vec<16> fma(vec<16> a, vec<16> b, vec<16> c) {
 
 // What a number of x, in every lane, and weights add to sums: a product each.
 struct Single {
+  static constexpr int64_t TOKENS = 1;  // that are summed at once
+  // Lay out `count` numbers of token t from number k on, of `tokens` that are `row` apart.
+  static PADST_INLINE void lay_out(const float* x, int64_t row, int64_t, int64_t t, int64_t k,
+                                   int64_t count, float* to) {
+    std::memcpy(to, x + t * row + k, sizeof(float) * count);
+  }
   template <int L> static PADST_INLINE vec<L> add(vec<L> x, vec<L> weights, vec<L> sums) {
     return fma(x, weights, sums);
   }
@@ -61,6 +67,19 @@ struct Single {
 
 // The same where two numbers of bf16 lie in the place of a float: both products.
 struct Pairs {
+  static constexpr int64_t TOKENS = 2;
+  // A pair is a number of two tokens; zeros stand for one that is not there.
+  static PADST_INLINE void lay_out(const uint16_t* x, int64_t row, int64_t tokens, int64_t t, int64_t k,
+                                   int64_t count, float* to) {
+    const uint16_t* const from = x + 2 * t * row + k;
+    if (2 * t + 1 < tokens) return zip(from, from + row, count, to);
+    for (int64_t n = 0; n < count; n++) put(from[n], to + n);
+  }
+  // Pairs of the numbers of two rows.
+  static PADST_INLINE void zip(const uint16_t* first, const uint16_t* second, int64_t count,
+                               float* to) {
+    for (int64_t n = 0; n < count; n++) put(first[n] | (uint32_t)second[n] << 16, to + n);
+  }
   template <int L> static PADST_INLINE vec<L> add(vec<L> x, vec<L> weights, vec<L> sums) {
 #if defined(__AVX512BF16__)
     if constexpr (L == 16) return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)weights);
@@ -69,6 +88,7 @@ struct Pairs {
   }
 
  private:
+  static PADST_INLINE void put(uint32_t pair, float* to) { std::memcpy(to, &pair, sizeof pair); }
   template <int L> static PADST_INLINE vec<L> first(vec<L> pair) {
     return (vec<L>)((words<L>)pair << 16);
   }

@@ -15,9 +15,7 @@ width, in_map, out_map)``                         to the n outputs of its tile. 
 ``block_mlp(x, values1, indices1, bias1,          two layers of blocks, ``hidden`` features between
 values2, indices2, hidden, width, activation,     them: ``activation`` is a name of
 in_map, out_map)``                                ``activation.py``, the second has no bias
-``block_pairs(x, pairs, indices, width,           a layer of blocks without bias, whose weights lie
-in_map, out_map)``                                two inputs side by side: ``(o/r, k, c/2, r, 2)``;
-                                                  of 16-bit numbers the sums in fp32
+``block_pairs``, ``block_pairs_dx``               blocks of 16-bit numbers: see ``pairs_ops.py``
 ================================================  ===============================================
 
 Formulations put them into a graph in the place of structured operators; none has a gradient. Here
@@ -37,10 +35,10 @@ from torch import Tensor
 
 from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.ops import LINEAR, LINEAR_DX
+from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX
 
 __all__ = [
     "BLOCK_MLP",
-    "BLOCK_PAIRS",
     "DIAGONAL_SUMS",
     "GATHERED_SUMS",
     "IN_MAP",
@@ -126,25 +124,6 @@ def _block_mlp(
     return _moved(linear(y, values2, indices2, None, width), out_map)
 
 
-def _block_pairs(
-    x: Tensor,
-    pairs: Tensor,
-    indices: Tensor,
-    width: int,
-    in_map: Tensor | None,
-    out_map: Tensor | None,
-) -> Tensor:
-    dtype = _summed(x.dtype)
-    values = pairs.transpose(-1, -2).flatten(2, 3).to(dtype)
-    return _moved(
-        LINEAR["block"](_moved(x.to(dtype), in_map), values, indices, None, width), out_map
-    )
-
-
-def _summed(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else dtype
-
-
 def _fake(x: Tensor, outputs: int, out_map: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs if out_map is None else out_map.shape[0]))
 
@@ -185,18 +164,7 @@ torch.library.custom_op(
     )
 )
 
-torch.library.custom_op(
-    "padst::block_pairs",
-    _block_pairs,
-    mutates_args=(),
-    schema="(Tensor x, Tensor pairs, Tensor indices, SymInt width, Tensor? in_map, "
-    "Tensor? out_map) -> Tensor",
-).register_fake(
-    lambda x, pairs, indices, width, in_map, out_map: _fake(x, width, out_map).to(_summed(x.dtype))
-)
-
 BLOCK_MLP = torch.ops.padst.block_mlp.default
-BLOCK_PAIRS = torch.ops.padst.block_pairs.default
 GATHERED_SUMS = torch.ops.padst.gathered_sums.default
 PICKED_SUMS = torch.ops.padst.picked_sums.default
 DIAGONAL_SUMS = torch.ops.padst.diagonal_sums.default
@@ -233,4 +201,5 @@ for _name in LINEAR:
 
 IN_MAP: dict[torch._ops.OpOverload, int] = dict.fromkeys(MAPPED.values(), 4)
 """The place of ``in_map`` among an operator's arguments; that of ``out_map`` is the next."""
-IN_MAP |= {BLOCK_MLP: 9, BLOCK_PAIRS: 4, GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}
+IN_MAP |= {BLOCK_MLP: 9, GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}
+IN_MAP |= dict.fromkeys((BLOCK_PAIRS, BLOCK_PAIRS_DX), 4)

@@ -7,7 +7,6 @@ from torch import Tensor
 from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.kernel_ops import (
     BLOCK_MLP,
-    BLOCK_PAIRS,
     DIAGONAL_SUMS,
     GATHERED_SUMS,
     IN_MAP,
@@ -15,6 +14,7 @@ from padst_compiler.kernel_ops import (
     PICKED_SUMS,
 )
 from padst_compiler.ops import LINEAR, LINEAR_DX
+from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX
 from padst_compiler.structures import Block, Shape, Structure
 
 from .test_ops import Kinds, storage
@@ -122,7 +122,7 @@ def test_operators_pass_torchs_own_checks(maps: tuple[Any, Any]) -> None:
 
 def test_every_operator_with_maps_says_where_they_go() -> None:
     sums = {GATHERED_SUMS, PICKED_SUMS, DIAGONAL_SUMS}
-    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP, BLOCK_PAIRS}
+    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP, BLOCK_PAIRS, BLOCK_PAIRS_DX}
     for op, place in IN_MAP.items():
         names = [argument.name for argument in op._schema.arguments]
         assert names[place : place + 2] == ["in_map", "out_map"] == names[-2:]
@@ -145,22 +145,3 @@ def test_with_maps_the_input_is_moved_before_and_the_output_after(
         torch.testing.assert_close(y, expected[..., q] if maps[1] else expected)
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(MAPPED[op[kind.name]], args, test_utils=checks)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_pairs_are_blocks_whose_inputs_lie_two_by_two(dtype: torch.dtype) -> None:
-    structure, shape = Block(8, 4), Shape(16, 12)
-    weight = torch.randn(16, 12)
-    indices = structure.select(weight, 2)
-    values = structure.pack(weight, indices).to(dtype)
-    pairs = torch.stack([values[..., 0::2, :], values[..., 1::2, :]], dim=-1)
-    tokens = torch.randn(2, 5, 12).to(dtype)
-    in_map, out_map = torch.randperm(12), torch.randperm(16)
-    y = BLOCK_PAIRS(tokens, pairs, indices, 16, in_map, out_map)
-    moved = tokens.double()[..., in_map]
-    expected = (moved @ structure.unpack(values.double(), indices, shape).t())[..., out_map]
-    assert y.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
-    torch.library.opcheck(
-        BLOCK_PAIRS, (tokens, pairs, indices, 16, None, out_map), test_utils="test_faketensor"
-    )

@@ -20,8 +20,11 @@ template <int OUT, int IN> static void run(const Case& c) {
   // `groups` and `columns` are the rows and columns of blocks of the layer; dx swaps their roles.
   const int64_t rows = c.groups, wide = dx ? rows * IN : c.columns * (int64_t)IN;
   const int64_t results = dx ? c.columns * (int64_t)OUT : rows * OUT;
-  const auto x = take<float>((size_t)(c.tokens - 1) * c.row + c.features);
-  const auto w = take<float>(dw ? (size_t)c.tokens * results : (size_t)rows * c.kept * OUT * IN);
+  // The gradient of pairs reads single numbers: `row` and `features` count those, two in a float.
+  const auto floats = [&](size_t count) { return SINGLE || !dw ? count : (count + 1) / 2; };
+  const auto x = take<float>(floats((size_t)(c.tokens - 1) * c.row + c.features));
+  const auto w =
+      take<float>(dw ? floats((size_t)c.tokens * results) : (size_t)rows * c.kept * OUT * IN);
   const auto indices = take<int32_t>((size_t)rows * c.kept);
   const int64_t across = dw ? OUT : results;
   std::vector<float> y(dw ? (size_t)rows * c.kept * IN * OUT : (size_t)c.tokens * results);
@@ -30,9 +33,10 @@ template <int OUT, int IN> static void run(const Case& c) {
       for (int64_t v = 0; v < N; v++) y.at((m + r) * across + n + v) += tile[r * N + v];
   };
   if (dw) {
-    if constexpr (SINGLE)
-      block_gradient<N, IN, OUT>(x.data(), c.row, c.features, w.data(), results, c.tokens, indices.data(),
-                                 rows, c.kept, c.threads, store);
+    using Number = std::conditional_t<SINGLE, float, uint16_t>;
+    block_gradient<N, IN, OUT, MATH>((const Number*)x.data(), c.row, c.features,
+                                     (const Number*)w.data(), results, c.tokens, indices.data(), rows,
+                                     c.kept, c.threads, store);
   } else {
     const ByColumn<IN, OUT> by(w.data(), indices.data(), dx ? rows : 0, c.kept, c.columns, c.threads);
     const Layout layout = dx ? by.layout() : Layout{indices.data(), nullptr, c.kept, rows};

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,11 +7,11 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import padst_compiler as padst
-from padst_compiler.formulation import Geometry
-from padst_compiler.kernel_ops import BLOCK_PAIRS
+from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.kernels import install
-from padst_compiler.kernels.micro_pairs import LINEAR_FORM
-from padst_compiler.structures import Block, FanIn, Shape, Structure
+from padst_compiler.kernels.micro_pairs import DW_FORM, DX_FORM, LINEAR_FORM, ZIPPED_FORM
+from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX
+from padst_compiler.structures import Block, Shape, Structure
 
 from .stored import weights
 
@@ -53,7 +54,10 @@ def layer(structure: Block, columns: int = 6) -> tuple[Tensor, Tensor, Tensor]:
         pytest.param(Block(48, 6), 5, marks=pytest.mark.slow),
     ],
 )
-def test_a_layer_of_bf16_is_summed_by_pairs(structure: Block, columns: int) -> None:
+@pytest.mark.parametrize("form", [LINEAR_FORM, ZIPPED_FORM], ids=lambda form: form.name)
+def test_a_layer_of_bf16_is_summed_by_pairs(
+    structure: Block, columns: int, form: Formulation
+) -> None:
     values, indices, dense = layer(structure, columns)
     outputs, inputs = dense.shape
     bias = torch.randn(outputs).bfloat16()
@@ -66,7 +70,7 @@ def test_a_layer_of_bf16_is_summed_by_pairs(structure: Block, columns: int) -> N
     ]
     for x in (way.bfloat16() for way in ways):
         torch._dynamo.reset()
-        compiled = torch.compile(LINEAR_FORM.run, fullgraph=True)
+        compiled = torch.compile(form.run, fullgraph=True)
         y, codes = run_and_get_code(compiled, x, values, indices, bias, outputs)
         assert "padst::Pairs>(" in "".join(codes) and "ops.padst." not in "".join(codes)
         close(y, x.double() @ dense.t() + bias.double())
@@ -86,6 +90,46 @@ def test_what_follows_is_computed_on_the_tiles_at_any_number_of_tokens() -> None
         assert float((y.double() - once.double()).abs().max()) <= 0.07
 
 
+@pytest.mark.parametrize(
+    ("structure", "columns"),
+    [(Block(16), 6), pytest.param(Block(32, 48), 5, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_gradients_of_bf16_are_summed_by_pairs(structure: Block, columns: int, tokens: int) -> None:
+    values, indices, dense = layer(structure, columns)
+    outputs, inputs = dense.shape
+    grad = torch.randn(tokens, outputs + 1).bfloat16()[:, :-1]  # rows begin at odd places
+    x = torch.randn(tokens, inputs).bfloat16()
+    dx, codes = run_and_get_code(torch.compile(DX_FORM.run), grad, values, indices, inputs)
+    assert "padst::ByColumn<" in (code := "".join(codes)) and "ops.padst." not in code
+    close(dx, grad.double() @ dense)
+    unit = list(values.shape[2:])
+    dw, codes = run_and_get_code(torch.compile(DW_FORM.run), grad, x, indices, unit)
+    assert "padst::Pairs>(" in (code := "".join(codes)) and "ops.padst." not in code
+    close(dw, structure.pack(grad.double().t() @ x.double(), indices))
+
+
+def test_a_training_step_of_bf16_multiplies_pairs(has_it: None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
+    padst.sparsify(model, structure="block:32", sparsity=0.9, permutation="random")
+    model.bfloat16()
+    x = torch.randn(96, 512).bfloat16()
+    options: dict[str, Any] = {"kernels": "sparse", "verify": "strict"}
+    compiled = torch.compile(model, backend="padst", options=options)
+
+    def step(call: Any, x: Tensor) -> tuple[Tensor, ...]:
+        wrt = [x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+        return torch.autograd.grad(call(x).square().sum(), wrt)
+
+    gradients, codes = run_and_get_code(step, compiled, x)
+    assert "".join(codes).count("padst::Pairs>(") == 6  # two layers: forward, dx and dw
+    results = gradients, step(model.double(), x.detach().double())
+    for one, exact in zip(*results, strict=True):
+        scale = float(exact.abs().max())
+        assert float((one.double() - exact).abs().max()) <= 0.05 * scale
+
+
 @pytest.mark.parametrize(("features", "in_kernel"), [(96, True), (130, True), (131, False)])
 @pytest.mark.parametrize("tokens", [3, 41])
 def test_maps_are_read_and_written_through(features: int, in_kernel: bool, tokens: int) -> None:
@@ -97,6 +141,18 @@ def test_maps_are_read_and_written_through(features: int, in_kernel: bool, token
     y, codes = run_and_get_code(compiled, x)
     assert ("Read::PAIRS_THROUGH, true" in "".join(codes)) is in_kernel
     expected = (x[:, in_map].double() @ dense.t())[:, out_map]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 41])
+def test_a_gradient_reads_and_writes_through_maps(tokens: int) -> None:
+    values, indices, dense = layer(Block(16))
+    in_map, out_map = torch.randint(70, (64,)), torch.randperm(96)
+    grad = torch.randn(tokens, 70).bfloat16()
+    compiled = torch.compile(lambda g: BLOCK_PAIRS_DX(g, values, indices, 96, in_map, out_map))
+    y, codes = run_and_get_code(compiled, grad)
+    assert "Read::PAIRS_THROUGH, true" in "".join(codes)
+    expected = (grad[:, in_map].double() @ dense)[:, out_map]
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +192,6 @@ def test_a_model_of_bf16_uses_it_and_lays_frozen_weights_out_once(has_it: None) 
         (Block(8), torch.bfloat16, CPU, False),  # half a vector
         (Block(16, 3), torch.bfloat16, CPU, False),  # no pairs
         (Block(16, balanced=False), torch.bfloat16, CPU, False),
-        (FanIn(), torch.bfloat16, CPU, False),
     ],
 )
 def test_it_is_a_candidate_where_the_cpu_and_the_blocks_allow(
@@ -148,7 +203,29 @@ def test_it_is_a_candidate_where_the_cpu_and_the_blocks_allow(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     geometry = Geometry(structure, Shape(96, 96), 2, 9, dtype, "cpu", True)
+    changing = replace(geometry, frozen=False)
     assert (LINEAR_FORM.cost(geometry) is not None) is applies
+    assert LINEAR_FORM.cost(changing) is None and ZIPPED_FORM.cost(geometry) is None
+    assert (ZIPPED_FORM.cost(changing) is not None) is applies
+
+
+@pytest.mark.parametrize(
+    ("structure", "dx", "dw"),
+    [
+        (Block(16), True, True),
+        (Block(16, 3), False, True),  # of outputs; tokens are paired in any case
+        (Block(3, 16), False, False),
+        (Block(8, 16), True, False),
+    ],
+    ids=str,
+)
+def test_which_gradients_have_pairs(
+    structure: Block, dx: bool, dw: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: CPU, raising=False)
+    geometry = Geometry(structure, Shape(96, 96), 2, 9, torch.bfloat16, "cpu", False)
+    assert (DX_FORM.cost(geometry) is not None) is dx
+    assert (DW_FORM.cost(geometry) is not None) is dw
 
 
 def test_with_tiles_of_amx_a_dense_product_is_the_better_one(

@@ -16,14 +16,13 @@ import pytest
 
 from .test_block_header import KINDS, SLOW, assert_right, assert_same, builder, shared
 
-LINEAR = KINDS.index("linear")
-SIDES = [(16, 2), (16, 16), (32, 32), (64, 8), (128, 64), (48, 12), (8, 6), (4, 4)]
+SIDES = [(16, 1), (16, 8), (32, 16), (64, 4), (128, 32), (48, 6), (8, 3), (4, 2)]  # in words
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what compiles the driver in one of the ways, once each."""
-    sides = " ".join(f"SIDES({rows}, {columns // 2})" for rows, columns in SIDES)
+    sides = " ".join(f"SIDES({outputs}, {words})" for outputs, words in SIDES)
     headers = ("vectors.h", "turn.h", "sums.h", "block.h")
     cases = f"#define MATH Pairs\n#define ALL_SIDES {sides}"
     return builder(shared(tmp_path_factory, "pairs"), headers, cases, "block_driver.cpp")
@@ -39,34 +38,73 @@ def exact(numbers: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
 
 
 class Problem:
-    """One random call of the kernel, and what float64 says of it."""
+    """One random call of a kernel, and what float64 says of it."""
 
     def __init__(self, rng: np.random.Generator, threads: int = 1) -> None:
-        r, c = SIDES[rng.integers(len(SIDES))]
+        kind, (out, words) = int(rng.integers(3)), SIDES[rng.integers(len(SIDES))]
+        r, c = {"linear": (out, 2 * words), "dx": (2 * words, out), "dw": (out, words)}[KINDS[kind]]
         rows, columns = (int(n) for n in rng.integers(1, 6, 2))
         kept, tokens = int(rng.integers(0, columns + 1)), int(rng.integers(1, 90))
-        read, moved = int(rng.choice([0, 1, 3])), bool(rng.integers(2))  # here, apart, through
-        features = 2 * int(rng.integers(1, 200)) if read == 3 else columns * c
-        x, values = bf16(rng, tokens, features), bf16(rng, rows, kept, c, r)
-        in_map = rng.integers(0, features, columns * c) if read == 3 else np.arange(features)
         picked = [rng.permutation(columns)[:kept] for _ in range(rows)]
         indices = np.stack(picked).reshape(rows, kept).astype(np.int32)
-        dense = np.zeros((rows * r, columns * c))
+        self.numbers = [kind, out, words, tokens, rows, kept, columns]
+        if KINDS[kind] == "dw":
+            self._gradient(rng, indices, (r, c), columns, tokens, threads)
+        else:
+            self._sums(rng, indices, (r, c), columns, tokens, threads)
+
+    def _sums(
+        self,
+        rng: np.random.Generator,
+        indices: npt.NDArray[np.int32],
+        sides: tuple[int, int],
+        columns: int,
+        tokens: int,
+        threads: int,
+    ) -> None:
+        (r, c), (rows, kept), dx = sides, indices.shape, KINDS[self.numbers[0]] == "dx"
+        values, dense = bf16(rng, rows, kept, c, r), np.zeros((rows * r, columns * c))
         for at in range(rows):
             for slot, column in enumerate(indices[at]):
                 here = np.s_[at * r : (at + 1) * r], np.s_[column * c : (column + 1) * c]
                 dense[here] = exact(values[at, slot]).T
-        self.expected = exact(x)[:, in_map] @ dense.T
-        pairs = values.reshape(rows, kept, c // 2, 2, r).swapaxes(-1, -2)
-        row = features // 2
-        numbers = (LINEAR, r, c // 2, tokens, rows, kept, columns, row, read, row, moved, threads)
-        self.bytes = struct.pack("12i", *numbers)
-        self.bytes += x.tobytes() + pairs.tobytes() + indices.tobytes()
+        matrix = dense.T if dx else dense
+        outputs, inputs = matrix.shape
+        read, moved = int(rng.choice([0, 1, 3])), bool(rng.integers(2))  # here, apart, through
+        features = 2 * int(rng.integers(1, 200)) if read == 3 else inputs
+        x = bf16(rng, tokens, features)
+        in_map = rng.integers(0, features, inputs) if read == 3 else np.arange(features)
+        self.expected = exact(x)[:, in_map] @ matrix.T
+        if not dx:
+            values = values.reshape(rows, kept, c // 2, 2, r).swapaxes(-1, -2)
+        self.numbers += [features // 2, read, features // 2, moved, threads]
+        self.bytes = struct.pack("12i", *self.numbers)
+        self.bytes += x.tobytes() + values.tobytes() + indices.tobytes()
         self.bytes += in_map.tobytes() if read == 3 else b""
         if moved:
-            to = rng.permutation(rows * r)
+            to = rng.permutation(outputs)
             self.bytes += to.tobytes()
             self.expected = self.expected[:, to]
+
+    def _gradient(
+        self,
+        rng: np.random.Generator,
+        indices: npt.NDArray[np.int32],
+        sides: tuple[int, int],
+        columns: int,
+        tokens: int,
+        threads: int,
+    ) -> None:
+        (r, c), rows = sides, indices.shape[0]
+        x, grad = bf16(rng, tokens, columns * c), bf16(rng, tokens, rows * r)
+        whole = exact(x).T @ exact(grad)  # (inputs, outputs)
+        blocks = whole.reshape(columns, c, rows, r).transpose(2, 0, 1, 3)
+        self.expected = np.take_along_axis(blocks, indices[:, :, None, None], axis=1)
+        self.numbers += [columns * c, 0, columns * c, 0, threads]
+        self.bytes = struct.pack("12i", *self.numbers)
+        for numbers in (x, grad):  # to a whole number of floats
+            self.bytes += numbers.tobytes() + b"\0\0" * (numbers.size % 2)
+        self.bytes += indices.tobytes()
 
 
 def some(count: int, seed: int = 0, threads: int = 1) -> list[Problem]:
