@@ -7,9 +7,9 @@ from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
 OFFERED = {
-    "block_linear": "micro_kernel bf16_pairs bmm_token_major bmm_feature_major",
-    "block_linear_dx": "micro_kernel bmm_scatter",
-    "block_linear_dw": "micro_kernel bmm",
+    "block_linear": "micro_kernel bf16_pairs bf16_zipped bmm_token_major bmm_feature_major",
+    "block_linear_dx": "micro_kernel bf16_pairs bmm_scatter",
+    "block_linear_dw": "micro_kernel bf16_pairs bmm",
     "nm_linear": "micro_kernel feature_kernel embedding_bag",
     "diagonal_linear": "micro_kernel embedding_bag",
     "diagonal_linear_dx": "micro_kernel",
@@ -32,7 +32,7 @@ def test_every_operator_has_the_formulations_that_were_timed_and_dense_last() ->
 
 
 def test_plain_ways_are_those_that_need_no_compiler() -> None:
-    made = {"micro_kernel", "feature_kernel", "bf16_pairs"}
+    made = {"micro_kernel", "feature_kernel", "bf16_pairs", "bf16_zipped"}
     for op, ways in CANDIDATES.items():
         plain = [way.name for way in PLAIN[op]]
         assert [way.name for way in ways if way.name not in made] == plain
