@@ -55,7 +55,7 @@ LAID_OUT, READ, REST = 50.0, 12.0, 0.85
 
 def _with_weight(g: Geometry) -> float:
     numbers, flops = g.shape.numel, 2.0 * g.tokens * g.shape.numel
-    if g.frozen and gains(g.tokens, numbers, g.dtype, g.device):
+    if g.frozen and gains(numbers, g.dtype, g.device):
         widened = g.dtype in HALF and not products_of(g.dtype)  # as fast as fp32: see `widening`
         return max(REST * flops, READ * numbers) * (0.5 if widened else 1.0) + LAUNCH
     product = gemm(g.tokens, g.shape.in_features, g.shape.out_features)

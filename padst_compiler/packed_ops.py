@@ -34,17 +34,16 @@ FEWEST, MOST = 3, 512  # tokens: oneDNN gains by more than two; for more than 51
 SMALLEST = 1 << 18  # numbers of a weight
 
 
-def gains(tokens: int, numbers: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether a product of so many tokens with a frozen weight of so many numbers gains by it.
+def gains(numbers: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether a product with a frozen weight of so many numbers gains by a layout of its own.
 
-    Without instructions for them BLAS takes four times as long for 16-bit numbers as for fp32.
+    Of what a CPU multiplies in 16 bits our kernels use AVX-512 BF16 only; without any, BLAS takes
+    four times as long for such numbers as for fp32.
     """
-    if device != "cpu" or numbers < SMALLEST:
+    if device != "cpu" or numbers < SMALLEST or dtype not in (torch.float32, *HALF):
         return False
-    if dtype in HALF:
-        units = products_of(dtype)
-        return not units or (units == ("avx512",) and tokens <= MOST)
-    return dtype is torch.float32 and tokens <= MOST
+    units = () if dtype is torch.float32 else products_of(dtype)
+    return not units or (dtype is torch.bfloat16 and units == ("avx512",))
 
 
 def packs(tokens: int, dtype: torch.dtype, device: str) -> bool:

@@ -53,7 +53,7 @@ class PackDense:
             x, weight, bias = found
             tokens, matrix = size_hint(x.meta["val"].shape[0]), weight.meta["val"]
             device, dtype = matrix.device.type, matrix.dtype
-            if not gains(tokens, matrix.numel(), dtype, device):
+            if not gains(matrix.numel(), dtype, device):
                 continue
             way = self._tiled(tokens, matrix)
             if way is None and not packs(tokens, dtype, device):

@@ -240,4 +240,5 @@ def test_with_tiles_of_amx_a_dense_product_is_the_better_one(
         cost = LINEAR_FORM.cost(geometry)
         assert cost is not None
         costs.append(cost)
-    assert costs[1] == pytest.approx(4 * costs[0], rel=0.1)
+    # Four times that, and one and a half: no Zen has them, see `widening`.
+    assert costs[1] == pytest.approx(6 * costs[0], rel=0.1)
