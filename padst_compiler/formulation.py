@@ -16,13 +16,13 @@ from torch import Tensor
 
 from padst_compiler.structures import Shape, Structure
 
-__all__ = ["LAUNCH", "Candidates", "Formulation", "Geometry", "gemm", "moved"]
+__all__ = ["Candidates", "Formulation", "Geometry", "gemm", "moved"]
 
 # Rates of one class of machine, in floating-point operations of a dense product: what a byte
 # moved and an operation of a smaller product cost. Fitted to paired timings of ``kernels/block.py``
 # on AVX-512 servers, 2 threads, fp32: blocks of 8 to 64, 90 %, 1 to 4096 tokens.
 BYTE = 12.0
-WEIGHT_READ = 20.0  # per weight of a product with few tokens
+WEIGHT_READ = 12.0  # per weight of a product with few tokens: 4 to 8 on Zen 4, 15 on Xeons
 CACHE = 2.0**24  # bytes that a copy may move before it leaves the cache
 LAUNCH = 4.0e5  # one more kernel call, about 3 us
 

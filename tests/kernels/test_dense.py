@@ -169,7 +169,7 @@ def test_the_anchor_shape_at_90_percent(structure: Structure, sparse: bool, shap
 
 
 def test_a_large_weight_that_is_laid_out_in_each_call_costs_more_than_its_products() -> None:
-    """768-3072, 1 thread: 0.5 ms with 1 token, 1.6 with 8; with 1576 only the rate."""
+    """768-3072, 1 thread: 0.2 to 0.5 ms with 1 token, 0.7 to 1.6 with 8; then only the rate."""
 
     def cost(tokens: int, **changes: Any) -> float:
         found = CANDIDATES[LINEAR["unstructured"]][-1].cost(
@@ -179,7 +179,7 @@ def test_a_large_weight_that_is_laid_out_in_each_call_costs_more_than_its_produc
         return found
 
     one, eight = (cost(tokens, dtype=torch.float64) for tokens in (1, 8))
-    assert 1.5 < eight / one < 4.0
+    assert 1.5 < eight / one < 6.0
     laid_out = [cost(tokens) for tokens in (1, 2, 8)]  # for our kernel: the weight is read once
     assert laid_out[0] == laid_out[1] < laid_out[2] < 1.5 * laid_out[0] and 2 * laid_out[2] < eight
     assert cost(1576) == pytest.approx(2 * cost(788), rel=0.01)
