@@ -5,10 +5,10 @@
     or       y = packed_linear(x, packed_weight(weight, 32), bias)
 
 A dense weight is a layer of blocks that leaves none out: one block of all inputs for 64, 32 or 16
-outputs, and the kernel of blocks is as fast as any (``padst bench cpu --structures unstructured``),
-in 16-bit numbers too, and what follows is computed on its tiles. Other numbers of outputs are left
-to oneDNN. What is laid out depends on frozen numbers only and is done before the first call. Left
-alone: what ``gains`` says gains nothing, and what needs gradients.
+outputs. The kernel of blocks is as fast as any (``padst bench cpu --structures unstructured``), in
+16-bit numbers too, and what follows is computed on its tiles. Other numbers of outputs, and CPUs
+without AVX2, are left to oneDNN. What is laid out depends on frozen numbers only and is done before
+the first call. Left alone: what ``gains`` says gains nothing, and what needs gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from padst_compiler.compat import size_hint
+from padst_compiler.cpu_products import HALF, products_of
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.insertion import constant, inline
 from padst_compiler.packed_ops import PACKED_LINEAR, PACKED_WEIGHT, gains, packs
@@ -29,6 +30,7 @@ from padst_compiler.structures import Block, Shape
 __all__ = ["PackDense"]
 
 SIDES = (64, 32, 16)  # outputs of a tile
+MEASURED = ("AVX512", "AVX2")  # elsewhere (NEON, Apple's matrix units) BLAS may well be faster
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ class PackDense:
         """Return the kernel for this matrix, and how many outputs its tiles have."""
         inputs, outputs = matrix.shape
         side = next((n for n in SIDES if outputs % n == 0), 0)
-        if not side:
+        if not side or torch.backends.cpu.get_cpu_capability() not in MEASURED:
             return None
+        if inputs % 2 and matrix.dtype in HALF and products_of(matrix.dtype):
+            return None  # no pairs, and BLAS multiplies what our kernel would widen
         one, shape = Block(side, inputs), Shape(outputs, inputs)
         geometry = Geometry(one, shape, 1, tokens, matrix.dtype, matrix.device.type, True)
         costs = [(form.cost(geometry), form) for form in self.kernels]

@@ -112,6 +112,22 @@ def test_numbers_of_16_bits(
     assert [name for name in result.after if name.startswith("block_")] == names
 
 
+def test_what_a_cpu_multiplies_itself_is_not_widened(
+    rewrite: Rewrite, cpu: Callable[..., None]
+) -> None:
+    cpu("avx512_bf16")
+    x, weight = torch.randn(9, 641).bfloat16(), torch.randn(512, 641).bfloat16()  # no pairs
+    assert left(rewrite(PASS, linear, x, weight=weight, compare=False))
+
+
+def test_a_cpu_without_wide_vectors_is_left_to_onednn(
+    rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    result = rewrite(PASS, linear, torch.randn(9, 640), weight=WEIGHT)
+    assert run_by(result, "packed_linear") == ["packed_linear"]
+
+
 @pytest.mark.parametrize(
     ("x", "frozen"),
     [
