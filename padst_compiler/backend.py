@@ -105,7 +105,7 @@ def prepare(
     install()
     if settings.codegen == "inductor" and lacks_compiler(examples, inductor):
         settings = replace(settings, codegen="plain")
-    return with_stopwatch(settings, inductor), inductor
+    return with_stopwatch(settings, inductor, LAST["inductor"]), inductor
 
 
 padst.reset = compat.reset_inductor  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Verify and time formulations, each compiled by Inductor on its own: ``{"kernels": "timed"}``.
 
-A formulation is compiled as it would be in the graph: with the user's options, what is frozen made
-ready once and outside of the timed part. Every round times all formulations of a site in turn, hot
-(weights in the cache from the call before) and cold (only the input is); a model's weights are
-neither all the one nor all the other, so the mean of the two decides.
+A formulation is compiled as it would be in the graph: with the user's options and our last passes,
+what is frozen made ready once and outside of the timed part. Every round times all formulations of
+a site in turn, hot (weights in the cache from the call before) and cold (only the input is); a
+model's weights are neither all the one nor all the other, so the mean of the two decides.
 
 This happens while another graph is being compiled. What surrounds that (fake tensors, tracing,
 autograd and dispatch modes) belongs to its thread, so the work is done in one of its own.
@@ -34,7 +34,7 @@ from padst_compiler.formulation import Formulation
 from padst_compiler.frozen import split
 from padst_compiler.measure import Timing, cold, paired, processor, ratio
 from padst_compiler.ops import LINEAR_DW
-from padst_compiler.rewrite import Facts
+from padst_compiler.rewrite import Facts, Pass, run_pipeline
 from padst_compiler.settings import Settings
 from padst_compiler.timings import Timings
 from padst_compiler.verify import MismatchError
@@ -55,10 +55,19 @@ class Stopwatch:
         options: Inductor's, with which the graph is compiled.
         timings: where results are kept.
         strict: raise where a formulation is wrong, rather than warn.
+        passes: that run on every graph of ours before Inductor has it.
     """
 
-    def __init__(self, options: Mapping[str, Any], timings: Timings, *, strict: bool) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        timings: Timings,
+        *,
+        strict: bool,
+        passes: Sequence[Pass] = (),
+    ) -> None:
         """Remember how formulations are compiled."""
+        self._passes = tuple(passes)
         self._options, self._timings, self._strict = dict(options), timings, strict
         self._threads = torch.get_num_threads()
         self._known: dict[Contest, Measured] = {}
@@ -151,6 +160,7 @@ class Stopwatch:
         holders = graph.graph.find_nodes(op="placeholder")
         frozen = holders[1:] if contest.geometry.frozen else ()
         facts = Facts(frozen=dict(zip(frozen, tensors[1:], strict=False)))
+        run_pipeline(self._passes, graph.graph, facts)
         parts = split(graph, facts)
         examples = [*(fakes[i] for i in parts.main_inputs), *parts.derived]
         options = {**self._options, "joint_custom_pre_pass": Unchanged(self._salt)}
@@ -161,17 +171,20 @@ class Stopwatch:
         return lambda: compiled(*inputs)
 
 
-def with_stopwatch(settings: Settings, options: Mapping[str, Any]) -> Settings:
+def with_stopwatch(
+    settings: Settings, options: Mapping[str, Any], passes: Sequence[Pass] = ()
+) -> Settings:
     """Return settings with a stopwatch in the place of "timed", where code is generated.
 
     Args:
         settings: ours.
         options: Inductor's.
+        passes: that run on every graph before Inductor has it.
     """
     if settings.kernels != "timed" or settings.codegen != "inductor":
         return settings
     strict = settings.verify == "strict"
-    stopwatch = Stopwatch(options, Timings.beside_inductor(), strict=strict)
+    stopwatch = Stopwatch(options, Timings.beside_inductor(), strict=strict, passes=passes)
     return replace(settings, kernels=stopwatch)
 
 

@@ -16,8 +16,10 @@ from padst_compiler import compat, stopwatch
 from padst_compiler.contest import Contest
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, install
+from padst_compiler.kernels import DENSE as PACKED
 from padst_compiler.measure import Timing
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.passes.pack_dense import PackDense
 from padst_compiler.settings import Settings
 from padst_compiler.stopwatch import Stopwatch, with_stopwatch
 from padst_compiler.structures import Block, FanIn, Shape
@@ -76,6 +78,25 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def watch(folder: Path | None, *, strict: bool = False, **options: Any) -> Stopwatch:
     return Stopwatch(options, Timings(folder), strict=strict)
+
+
+def test_dense_runs_as_it_would_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen weight of a size that pays is laid out for our kernel, others are left to BLAS."""
+    install()
+    graphs: list[set[str]] = []
+
+    def compile(graph: fx.GraphModule, examples: Sequence[Any], options: Any) -> Any:
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    monkeypatch.setattr(compat, "compile_with_inductor", compile)
+    passes = (PackDense(PACKED),)
+    for shape, frozen in ((Shape(512, 640), True), (Shape(512, 640), False), (Shape(24, 16), True)):
+        timed = contest(way("other"), shape=shape, frozen=frozen)
+        Stopwatch({}, Timings(None), strict=True, passes=passes).time([timed])
+    assert ["padst.block_linear.default" in targets for targets in graphs] == [True] * 2 + [
+        False
+    ] * 4
 
 
 def test_every_formulation_of_a_site_is_compiled_and_timed_against_dense(bench: Bench) -> None:
