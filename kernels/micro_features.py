@@ -60,7 +60,8 @@ def _cost(g: Geometry, kind: type[FanIn | NM]) -> float | None:
     if not isinstance(g.structure, kind) or not fits(g) or outputs % DOWN or g.tokens < FEW:
         return None
     laid_out = 0.0 if g.frozen or kind is FanIn else moved(g.nnz, g.item)
-    rate, casts = widening(g, 0.25)
+    # The inputs of one tile stay in the cache. Xeon: 0.43 and 0.27 of dense; Zen 4: 0.54 and 0.4.
+    rate, casts = widening(g, 0.36 if tokens <= ACROSS else 0.25)
     return gemm(tokens, g.nnz // outputs, outputs, efficiency=rate) + laid_out + casts
 
 
