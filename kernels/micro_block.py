@@ -169,13 +169,13 @@ def blocks_of(
     return {"ROWS": rows, "KEPT": kept, "C": c, "R": r}
 
 
-def chunk(inputs: int) -> int:
-    """Return how many tokens pass a tile's weights together, of so many inputs each.
+def chunk(summed: int, inputs: int) -> int:
+    """Return how many tokens pass a tile's weights together; outputs sum ``summed`` of ``inputs``.
 
     The weights of many inputs come from far: those of a dense layer once for 128 tokens, as long as
     the tokens' 2^17 numbers stay in the L2 cache.
     """
-    return 32 if inputs < 512 else max(32, min(128, (1 << 17) // inputs // 16 * 16))
+    return 32 if summed < 512 else max(32, min(128, (1 << 17) // inputs // 16 * 16))
 
 
 def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: Any) -> Any:
@@ -184,7 +184,8 @@ def _linear(x: Any, values: Any, indices: Any, out: Any, in_map: Any, out_map: A
         return None
     rows, kept, c, r = (blocks[name] for name in ("ROWS", "KEPT", "C", "R"))
     numbers = {"GROUPS": rows, "KEPT": kept, "IN": c, "OUT": r, "N": block_width(r)}
-    numbers |= {"WEIGHTS": rows * kept * c * r, "CHUNK": chunk(kept * c)}
+    (inputs,) = cpp.numbers((x if in_map is None else in_map).get_size()[-1:])
+    numbers |= {"WEIGHTS": rows * kept * c * r, "CHUNK": chunk(kept * c, inputs)}
     tensors = {"W": values, "INDICES": indices}
     text, maps = source(LINEAR_CALL, "block.h"), (in_map, out_map)
     return sums("padst_block", text, x, tensors, maps, rows * r, numbers, apart=False)

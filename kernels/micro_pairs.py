@@ -173,7 +173,8 @@ def _linear(x: Any, values: Any, indices: Any, width: Any, in_map: Any, out_map:
         return None
     half = c if pairs else c // 2
     numbers = {"GROUPS": rows, "KEPT": kept, "IN": half, "OUT": r, "N": block_width(r)}
-    numbers |= {"WEIGHTS": rows * kept * half * r, "CHUNK": chunk(kept * half)}
+    (inputs,) = cpp.numbers((x if in_map is None else in_map).get_size()[-1:])
+    numbers |= {"WEIGHTS": rows * kept * half * r, "CHUNK": chunk(kept * half, inputs // 2)}
     layout, maps = PAIRS if pairs else ZIPPED, (in_map, out_map)
     return _summed("padst_block_pairs", layout, x, values, indices, maps, rows * r, numbers)
 

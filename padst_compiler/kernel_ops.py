@@ -35,7 +35,7 @@ from torch import Tensor
 
 from padst_compiler.activation import ACTIVATIONS
 from padst_compiler.ops import LINEAR, LINEAR_DX
-from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX
+from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX, moved
 
 __all__ = [
     "BLOCK_MLP",
@@ -47,10 +47,6 @@ __all__ = [
 ]
 
 
-def _moved(x: Tensor, table: Tensor | None) -> Tensor:
-    return x if table is None else x.index_select(-1, table)
-
-
 def _picked_sums(
     x: Tensor,
     weights: Tensor,
@@ -59,14 +55,14 @@ def _picked_sums(
     in_map: Tensor | None,
     out_map: Tensor | None,
 ) -> Tensor:
-    x = _moved(x, in_map)
+    x = moved(x, in_map)
     weights, columns = (t.transpose(1, 2).flatten(0, 1) for t in (weights, places.long()))
     slots, inputs = weights.shape[1], x.shape[-1]
     columns = columns + torch.arange(slots, device=x.device) // (slots // groups) * (
         inputs // groups
     )
     dense = weights.new_zeros(weights.shape[0], inputs).scatter_add_(1, columns, weights)
-    return _moved(x @ dense.t(), out_map)
+    return moved(x @ dense.t(), out_map)
 
 
 def _diagonal_sums(
@@ -78,7 +74,7 @@ def _diagonal_sums(
     in_map: Tensor | None,
     out_map: Tensor | None,
 ) -> Tensor:
-    x = _moved(x, in_map)
+    x = moved(x, in_map)
     count, n = weights.shape
     tiles, inputs = width // n, x.shape[-1]
     along, each = torch.arange(n, device=x.device), torch.arange(count, device=x.device)
@@ -95,15 +91,15 @@ def _diagonal_sums(
         around, columns = inputs, columns % inputs
     dense = weights.new_zeros(tiles * n * around)
     dense.scatter_add_(0, (rows * around + columns).flatten(), weights.flatten())
-    return _moved(x @ dense.view(tiles * n, around).t(), out_map)
+    return moved(x @ dense.view(tiles * n, around).t(), out_map)
 
 
 def _gathered_sums(
     x: Tensor, weights: Tensor, inputs: Tensor, in_map: Tensor | None, out_map: Tensor | None
 ) -> Tensor:
-    x = _moved(x, in_map)
+    x = moved(x, in_map)
     dense = weights.new_zeros(weights.shape[0], x.shape[-1])
-    return _moved(x @ dense.scatter_add_(1, inputs.long(), weights).t(), out_map)
+    return moved(x @ dense.scatter_add_(1, inputs.long(), weights).t(), out_map)
 
 
 def _block_mlp(
@@ -120,8 +116,8 @@ def _block_mlp(
     out_map: Tensor | None,
 ) -> Tensor:
     linear = LINEAR["block"]
-    y = ACTIVATIONS[activation](linear(_moved(x, in_map), values1, indices1, bias1, hidden))
-    return _moved(linear(y, values2, indices2, None, width), out_map)
+    y = ACTIVATIONS[activation](linear(moved(x, in_map), values1, indices1, bias1, hidden))
+    return moved(linear(y, values2, indices2, None, width), out_map)
 
 
 def _fake(x: Tensor, outputs: int, out_map: Tensor | None) -> Tensor:
@@ -182,7 +178,7 @@ def _register_mapped(op: torch._ops.OpOverload, *bias: None) -> None:
         in_map: Tensor | None,
         out_map: Tensor | None,
     ) -> Tensor:
-        return _moved(op(_moved(x, in_map), values, indices, *bias, width), out_map)
+        return moved(op(moved(x, in_map), values, indices, *bias, width), out_map)
 
     name = f"{op.name()}_mapped"
     torch.library.custom_op(

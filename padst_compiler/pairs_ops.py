@@ -29,41 +29,33 @@ from torch import Tensor
 
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 
-__all__ = ["BLOCK_PAIRS", "BLOCK_PAIRS_DW", "BLOCK_PAIRS_DX"]
+__all__ = ["BLOCK_PAIRS", "BLOCK_PAIRS_DW", "BLOCK_PAIRS_DX", "moved"]
 
 
 def _summed(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype.itemsize == 2 else x.dtype
 
 
-def _moved(x: Tensor, table: Tensor | None) -> Tensor:
+def moved(x: Tensor, table: Tensor | None) -> Tensor:
+    """Return ``x[..., table]``, or x where there is no map."""
     return x if table is None else x.index_select(-1, table)
 
 
-def _linear(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    width: int,
-    in_map: Tensor | None,
-    out_map: Tensor | None,
-) -> Tensor:
-    if values.dim() == 5:
-        values = values.transpose(-1, -2).flatten(2, 3)
-    x, values = _moved(x, in_map).to(_summed(x)), values.to(_summed(x))
-    return _moved(LINEAR["block"](x, values, indices, None, width), out_map)
+def _sums(op: torch._ops.OpOverload, *bias: None) -> Callable[..., Tensor]:
+    def run(
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        width: int,
+        in_map: Tensor | None,
+        out_map: Tensor | None,
+    ) -> Tensor:
+        if values.dim() == 5:
+            values = values.transpose(-1, -2).flatten(2, 3)
+        x, values = moved(x, in_map).to(_summed(x)), values.to(_summed(x))
+        return moved(op(x, values, indices, *bias, width), out_map)
 
-
-def _dx(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    width: int,
-    in_map: Tensor | None,
-    out_map: Tensor | None,
-) -> Tensor:
-    grad, values = _moved(grad, in_map).to(_summed(grad)), values.to(_summed(grad))
-    return _moved(LINEAR_DX["block"](grad, values, indices, width), out_map)
+    return run
 
 
 def _dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
@@ -94,8 +86,8 @@ def _register(
 
 
 SUMS = "(Tensor x, Tensor values, Tensor indices, SymInt width, Tensor? in_map, Tensor? out_map)"
-BLOCK_PAIRS = _register("block_pairs", _linear, _fake, SUMS)
-BLOCK_PAIRS_DX = _register("block_pairs_dx", _dx, _fake, SUMS)
+BLOCK_PAIRS = _register("block_pairs", _sums(LINEAR["block"], None), _fake, SUMS)
+BLOCK_PAIRS_DX = _register("block_pairs_dx", _sums(LINEAR_DX["block"]), _fake, SUMS)
 BLOCK_PAIRS_DW = _register(
     "block_pairs_dw", _dw, _fake_dw, "(Tensor grad, Tensor x, Tensor indices, SymInt[] unit)"
 )

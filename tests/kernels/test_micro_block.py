@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from padst_compiler.formulation import Geometry
 from padst_compiler.kernel_ops import MAPPED
 from padst_compiler.kernels import CANDIDATES, install
+from padst_compiler.kernels.micro_block import chunk
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import Block, Shape, Structure, unit_of
 
@@ -254,3 +255,8 @@ def test_a_model_trains_and_infers_through_the_kernels() -> None:
         y, codes = run_and_get_code(fast, x)
         torch.testing.assert_close(y, net(x), rtol=1e-4, atol=1e-5)
     assert "\n".join(codes).count("padst::block_mlp<") == 1
+
+
+def test_the_weights_of_many_inputs_meet_more_tokens_where_those_fit_the_cache() -> None:
+    assert [chunk(64, 4096), chunk(768, 768), chunk(1024, 1024)] == [32, 128, 128]
+    assert [chunk(1536, 1536), chunk(1536, 3072), chunk(4096, 4096)] == [80, 32, 32]

@@ -37,6 +37,9 @@ def exact(numbers: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
     return (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
+Indices = npt.NDArray[np.int32]
+
+
 class Problem:
     """One random call of a kernel, and what float64 says of it."""
 
@@ -54,14 +57,9 @@ class Problem:
             self._sums(rng, indices, (r, c), columns, tokens, threads)
 
     def _sums(
-        self,
-        rng: np.random.Generator,
-        indices: npt.NDArray[np.int32],
-        sides: tuple[int, int],
-        columns: int,
-        tokens: int,
-        threads: int,
+        self, rng: np.random.Generator, indices: Indices, sides: tuple[int, int], *sizes: int
     ) -> None:
+        columns, tokens, threads = sizes
         (r, c), (rows, kept), dx = sides, indices.shape, KINDS[self.numbers[0]] == "dx"
         values, dense = bf16(rng, rows, kept, c, r), np.zeros((rows * r, columns * c))
         for at in range(rows):
@@ -87,14 +85,9 @@ class Problem:
             self.expected = self.expected[:, to]
 
     def _gradient(
-        self,
-        rng: np.random.Generator,
-        indices: npt.NDArray[np.int32],
-        sides: tuple[int, int],
-        columns: int,
-        tokens: int,
-        threads: int,
+        self, rng: np.random.Generator, indices: Indices, sides: tuple[int, int], *sizes: int
     ) -> None:
+        columns, tokens, threads = sizes
         (r, c), rows = sides, indices.shape[0]
         x, grad = bf16(rng, tokens, columns * c), bf16(rng, tokens, rows * r)
         whole = exact(x).T @ exact(grad)  # (inputs, outputs)
