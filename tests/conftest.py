@@ -10,6 +10,10 @@ import pytest
 import torch
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+if (
+    not torch.cuda.is_available()
+):  # then Triton runs kernels on the CPU; it asks when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

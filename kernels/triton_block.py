@@ -1,0 +1,300 @@
+"""Block kernels in Triton: every program does one dense product over the kept blocks of its tile.
+
+A row of blocks keeps as many blocks as any other, so the columns that it reads, side by side, are
+one dense operand of ``kept * c``, read where they lie: nothing is gathered, no program has more to
+do than another. The same text is Inductor's template and an eager launch (``triton_text.py``).
+
+========  ==========================================================================================
+linear    a tile of tokens and a row of blocks: ``(tokens, kept * c) @ (kept * c, r)``
+dx        a tile of tokens and a block column: the blocks of the column, listed by ``by_column``
+dw        the kept columns of a row of blocks and its outputs, over tokens: ``SPLIT`` parts of them
+          are summed apart and then together, in one order, so that results repeat
+========  ==========================================================================================
+
+Sums are fp32. ``ALIGNED`` inputs lie side by side in a block and in a tile, which the hints say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padst_compiler.triton_text import Kernel, Launch, launch, mapped
+
+__all__ = [
+    "DW",
+    "DX",
+    "LINEAR",
+    "STORE",
+    "TILE",
+    "Sizes",
+    "by_column",
+    "dw",
+    "dx",
+    "gradient",
+    "linear",
+    "power",
+    "precision",
+    "sizes_of",
+    "sums",
+    "variants",
+]
+
+Sizes = tuple[int, int, int, int]
+"""Of the weights of blocks: ``(o/r, k, c, r)``."""
+
+PROGRAMS = 512  # of a gradient, at least: a few for each of 132 multiprocessors
+
+TILE = """
+    M = {{size("X", 0)}}
+    tile, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    group = part // PARTS
+    rm = tile.to(INDEX_DTYPE) * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX_DTYPE)
+    rn = (part % PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    idx_m = rm[:, None]
+    token = idx_m < M
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+"""
+STORE = """
+    column = group * WIDE + rn
+{%- if OUT_MAP %}
+    column = tl.load(INTO + column, mask=rn < WIDE, other=0)
+{%- endif %}
+    idx_n = column[None, :]
+    live = token & (rn < WIDE)[None, :]
+    {{store_output(("idx_m", "idx_n"), "acc", "live", val_shape=("BLOCK_M", "BLOCK_N"))}}
+"""
+READ = """
+        feature = tl.max_contiguous(tl.multiple_of(feature, ALIGNED), ALIGNED)
+{%- if IN_MAP %}
+        feature = tl.load(FROM + feature, mask=inside, other=0)
+{%- endif %}
+        idx_k = feature[None, :]
+        there = token & inside[None, :]
+        {{load_input("X", "a", ("idx_m", "idx_k"), mask="there", indent_width=8, index_shape=("BLOCK_M", "BLOCK_K"))}}
+"""  # noqa: E501 - one of the hooks
+
+LINEAR = Kernel(
+    "padst_block",
+    ("X", "W", "INDICES"),
+    f"""{TILE}
+    for start in range(0, KEPT * C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < KEPT * C
+        feature = tl.load(INDICES + group * KEPT + k // C, mask=inside, other=0) * C + k % C
+{READ}
+        place = (group * KEPT * C + k)[:, None] * WIDE + rn[None, :]
+        b = tl.load(W + place, mask=inside[:, None] & (rn < WIDE)[None, :], other=0.0)
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+{STORE}""",
+)
+DX = Kernel(
+    "padst_block_dx",
+    ("X", "W", "ORDER", "STARTS"),
+    f"""{TILE}
+    last = tl.load(STARTS + group + 1) * C
+    for start in range(tl.load(STARTS + group) * C, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < last
+        block = tl.load(ORDER + k // C, mask=inside, other=0)
+        feature = block // KEPT * C + k % C
+{READ}
+        place = (block * WIDE * C + k % C)[:, None] + rn[None, :] * C
+        b = tl.load(W + place, mask=inside[:, None] & (rn < WIDE)[None, :], other=0.0)
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+{STORE}""",
+)
+DW = Kernel(
+    "padst_block_dw",
+    ("X", "G", "INDICES"),
+    """
+    M = {{size("X", 0)}}
+    split, part = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    group, part = part // (PARTS * CHUNKS), part % (PARTS * CHUNKS)
+    k = (part // PARTS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = (part % PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = k < KEPT * C
+    feature = tl.load(INDICES + group * KEPT + k // C, mask=inside, other=0) * C + k % C
+    feature = tl.max_contiguous(tl.multiple_of(feature, ALIGNED), ALIGNED)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    span = tl.cdiv(tl.cdiv(M, SPLIT), BLOCK_K) * BLOCK_K
+    for start in range(split * span, tl.minimum(M, split * span + span), BLOCK_K):
+        t = (start + tl.arange(0, BLOCK_K)).to(INDEX_DTYPE)
+        token = (t < M)[:, None]
+        at = t[:, None] * INPUTS + feature[None, :]
+        a = tl.load(X + at, mask=token & inside[None, :], other=0.0)
+        at = t[:, None] * OUTPUTS + (group * WIDE + rn)[None, :]
+        b = tl.load(G + at, mask=token & (rn < WIDE)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a).to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    idx_m = ((split * GROUPS + group) * KEPT * C + k)[:, None]
+    idx_n = rn[None, :]
+    live = inside[:, None] & (rn < WIDE)[None, :]
+    {{store_output(("idx_m", "idx_n"), "acc", "live", val_shape=("BLOCK_M", "BLOCK_N"))}}
+""",
+)
+
+
+# -- programs --------------------------------------------------------------------------------------
+
+
+def sizes_of(values: Tensor) -> Sizes:
+    """Return the sizes of weights."""
+    rows, kept, c, r = values.shape
+    return rows, kept, c, r
+
+
+def power(number: int) -> int:
+    """Return the next power of two."""
+    return 1 << (max(1, number) - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how numbers are multiplied: those of fp32 as in dense products of torch."""
+    fast = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return repr("tf32" if fast else "ieee")
+
+
+def tiles(groups: int, wide: int, inner: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the tiles of products ``(rows, inner) @ (inner, wide)``, one for each group.
+
+    Hopper's matrix units want 64 rows for 4 warps; fewer rows take the least that a product may
+    have, 16, and are bound by reading weights.
+    """
+    n = min(128, max(16, power(wide)))
+    m = min(128 if n <= 64 else 64, max(16, power(rows)))
+    k = min(64 if dtype.itemsize == 2 else 32, max(16, power(inner)))
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": -(-wide // n), "WIDE": wide}
+    return {**sizes, "TILES": groups * sizes["PARTS"], "PRECISION": precision(dtype)}
+
+
+def sums(
+    values: Sizes,
+    groups: int,
+    inner: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    gathered: bool = False,
+) -> Launch:
+    """Return the programs of ``LINEAR`` and ``DX``.
+
+    Args:
+        values: the sizes of the weights, ``(o/r, k, c, r)``.
+        groups: tiles of the output that blocks write: rows of blocks, or block columns.
+        inner: the side of a block that is summed.
+        tokens: about how many.
+        dtype: of the inputs.
+        gathered: whether inputs are read through a map, each at an address of its own.
+    """
+    _, kept, c, r = values
+    wide = c * r // inner
+    shared = tiles(groups, wide, kept * inner, tokens, dtype)
+    if gathered and dtype is torch.float32:  # more addresses than registers, on sm_80
+        shared["BLOCK_K"] = 16
+    aligned = min(inner & -inner, shared["BLOCK_K"])
+    blocks = {"KEPT": kept, "C": inner, "ALIGNED": aligned}
+    return Launch(shared | blocks, tiles=shared["TILES"], warps=warps(shared))
+
+
+def gradient(values: Sizes, tokens: int, inputs: int, dtype: torch.dtype) -> Launch:
+    """Return the programs of ``DW``: tokens are split until there are enough programs."""
+    groups, kept, c, r = values
+    shared = tiles(groups, r, tokens, kept * c, dtype)
+    chunks = -(-kept * c // shared["BLOCK_M"])
+    programs = shared["TILES"] * chunks
+    split = max(1, min(PROGRAMS // programs, -(-tokens // (4 * shared["BLOCK_K"]))))
+    sizes = {
+        "KEPT": kept,
+        "C": c,
+        "ALIGNED": min(c & -c, shared["BLOCK_M"]),
+        "CHUNKS": chunks,
+        "GROUPS": groups,
+    }
+    sizes |= {"SPLIT": split, "TILES": programs, "INPUTS": inputs, "OUTPUTS": groups * r}
+    return Launch(shared | sizes, programs=programs * split)
+
+
+def warps(values: Mapping[str, Any]) -> int:
+    """Return the warps of a program: 4 spill where a tile has 4096 sums and reads through maps."""
+    return 8 if values["BLOCK_M"] * values["BLOCK_N"] >= 4096 else 4
+
+
+def variants(how: Launch) -> list[Launch]:
+    """Return the programs, and what Inductor times against them where it tunes."""
+    most = {key: int(how.values[key]) for key in ("BLOCK_M", "BLOCK_K")}
+    tried = [how]
+    for m in (32, 64, 128, 256) if most["BLOCK_M"] >= 64 else (most["BLOCK_M"],):
+        for k in {32, 64} if most["BLOCK_K"] >= 32 else {most["BLOCK_K"]}:
+            aligned = min(int(how.values["ALIGNED"]), k)
+            values = {**how.values, "BLOCK_M": m, "BLOCK_K": k, "ALIGNED": aligned}
+            tried += [replace(how, values=values, warps=warps(values), stages=s) for s in (3, 4)]
+    return [one for at, one in enumerate(tried) if one not in tried[:at]]
+
+
+def by_column(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the places of blocks by block column, and where each column begins among them.
+
+    Nothing waits for the GPU: sizes are those of ``indices`` whatever is in it.
+
+    Example:
+        >>> order, starts = by_column(torch.tensor([[0, 2], [2, 3]]), 4)
+        >>> order.tolist(), starts.tolist()
+        ([0, 1, 2, 3], [0, 1, 1, 3, 4])
+    """
+    ordered, order = torch.sort(indices.flatten(), stable=True)
+    edges = torch.arange(columns + 1, dtype=ordered.dtype, device=ordered.device)
+    return order.int(), torch.searchsorted(ordered, edges, out_int32=True)
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_map: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Return ``x[..., in_map] S^T + bias``; feature n of the product is stored at ``into[n]``."""
+    flat, (rows, _, c, _) = x.reshape(-1, x.shape[-1]), values.shape
+    about = flat.shape[0], x.dtype
+    how = sums(sizes_of(values), rows, c, *about, gathered=in_map is not None)
+    given = {"X": flat, "W": values, "INDICES": indices}
+    y = mapped(LINEAR, given, out_features, how, in_map, into, bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def dx(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    in_features: int,
+    in_map: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Return ``grad[..., in_map] S``; feature n of the product is stored at ``into[n]``."""
+    flat, (_, _, c, r) = grad.reshape(-1, grad.shape[-1]), values.shape
+    about = flat.shape[0], grad.dtype
+    how = sums(sizes_of(values), in_features // c, r, *about, gathered=in_map is not None)
+    order, starts = by_column(indices, in_features // c)
+    given = {"X": flat, "W": values, "ORDER": order, "STARTS": starts}
+    result = mapped(DX, given, in_features, how, in_map, into)
+    return result.view(*grad.shape[:-1], in_features)
+
+
+def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
+    """Return the gradient of the kept blocks."""
+    sizes = (*indices.shape, *unit)
+    flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    how = gradient(sizes, flat.shape[0], x.shape[-1], x.dtype)
+    split, (rows, kept, c, r) = how.values["SPLIT"], sizes
+    shape, dtype = (split * rows * kept * c, r), torch.float32 if split > 1 else x.dtype
+    parts = launch(DW, {"X": flat, "G": g, "INDICES": indices}, shape, how, dtype=dtype)
+    return parts.view(split, *sizes).sum(0).to(x.dtype)
