@@ -22,23 +22,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-__all__ = [
-    "CustomGraphPass",
-    "compile_with_inductor",
-    "composed",
-    "force_strides",
-    "inductor_cache",
-    "inductor_decompositions",
-    "inductor_option_names",
-    "is_module_state",
-    "many_graphs",
-    "mode_options",
-    "owner_name",
-    "reset_inductor",
-    "size_hint",
-    "source_name",
-    "trace_aten",
-]
+from padst_compiler.static_inputs import told
+
+__all__ = ["CustomGraphPass", "compile_with_inductor", "composed", "force_strides"]
+__all__ += ["inductor_cache", "inductor_decompositions", "inductor_option_names", "is_module_state"]
+__all__ += ["many_graphs", "mode_options", "owner_name", "reset_inductor", "size_hint"]
+__all__ += ["source_name", "trace_aten"]
 
 Callback = Callable[..., Any]
 
@@ -215,9 +204,10 @@ def compile_with_inductor(
     graph_module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
 ) -> Callback:
     """Compile through ``compile_fx``, so that caches, autotuning, CUDA graphs and autograd work."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    compiled: Any = compile_fx(graph_module, list(examples), config_patches=options)
+    inner = told(compile_fx_inner, examples)
+    compiled: Any = compile_fx(graph_module, list(examples), inner, config_patches=options)
     return cast("Callback", compiled)
 
 

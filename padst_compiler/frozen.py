@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from padst_compiler.rewrite import ATEN, Facts
+from padst_compiler.static_inputs import mark
 
 __all__ = ["Split", "outline", "split"]
 
@@ -45,10 +46,14 @@ class Split:
 
 
 def split(graph_module: fx.GraphModule, facts: Facts) -> Split:
-    """Move the nodes that depend on frozen placeholders only into a prologue."""
+    """Move the nodes that depend on frozen placeholders only into a prologue.
+
+    The values of what is frozen are marked: they stay at their address between calls.
+    """
     graph = graph_module.graph
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     early = {n for n in graph.nodes if n.op == "call_function" and facts.is_frozen(n)}
+    mark(n.meta["val"] for n in (*holders, *early) if facts.is_frozen(n))
     _copy_results(graph, early)
     _return_views(graph, early)
     border = [n for n in graph.nodes if n in early and any(u not in early for u in n.users)]
