@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from padst_compiler.cpu_products import HALF, products_of
 from padst_compiler.formulation import Formulation, Geometry, gemm, moved
+from padst_compiler.gpu_cost import dense_seconds, is_gpu, priced, seconds
 from padst_compiler.packed_ops import SMALLEST, gains
 from padst_compiler.structures import Shape, Structure, unit_of
 
@@ -55,6 +56,9 @@ ONE_BY_ONE = 4  # bytes that putting a weight in its place counts for: no less i
 
 
 def _with_weight(g: Geometry) -> float:
+    if is_gpu(g):
+        made = seconds(0.0, 1.0, (g.shape.numel + 2.0 * g.nnz) * g.item + 8.0 * g.nnz)
+        return priced(dense_seconds(g) + (0.0 if g.frozen else made))
     numbers, product = g.shape.numel, gemm(g.tokens, g.shape.in_features, g.shape.out_features)
     if g.frozen and gains(numbers, g.dtype, g.device):
         widened = g.dtype in HALF and not products_of(g.dtype)  # as fast as fp32: see `widening`
@@ -65,5 +69,8 @@ def _with_weight(g: Geometry) -> float:
 
 
 def _with_gradient(g: Geometry) -> float:
+    if is_gpu(g):
+        packed = seconds(0.0, 1.0, 2.0 * g.nnz * g.item + 8.0 * g.nnz)
+        return priced(dense_seconds(g) + packed)
     product = gemm(g.shape.out_features, g.tokens, g.shape.in_features)
     return product + moved(0.5 * g.shape.numel + g.nnz, ONE_BY_ONE)

@@ -5,13 +5,17 @@
 operators, costs of onnxruntime. ``DENSE`` runs frozen dense weights.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeAlias
 
 from padst_compiler import cpp_templates
-from padst_compiler.formulation import Candidates
+from padst_compiler.formulation import Candidates, Formulation
 from padst_compiler.kernels import (
     block,
     fan_in,
+    gpu_block,
+    gpu_sums,
     micro_block,
     micro_diagonal,
     micro_features,
@@ -35,15 +39,20 @@ COMPILED = (
     micro_pairs,
     micro_select,
 )
-"""The modules that lower operators in Inductor."""
+"""The modules that lower operators in Inductor, on a CPU."""
+
+GPU = (gpu_block, gpu_sums)
+"""The same on a GPU."""
+
+Lowering: TypeAlias = Callable[..., Any]
 
 DENSE = (micro_block.LINEAR_FORM, micro_pairs.LINEAR_FORM)
 """Ways to run a layer of blocks that run one without zeros well."""
 
-_COMPILED: Candidates = {
-    LINEAR["block"]: (*DENSE, micro_pairs.ZIPPED_FORM),
-    LINEAR_DX["block"]: (micro_block.DX_FORM, micro_pairs.DX_FORM),
-    LINEAR_DW["block"]: (micro_block.DW_FORM, micro_pairs.DW_FORM),
+_COMPILED: dict[Any, tuple[Formulation, ...]] = {
+    LINEAR["block"]: (*DENSE, micro_pairs.ZIPPED_FORM, gpu_block.LINEAR_FORM),
+    LINEAR_DX["block"]: (micro_block.DX_FORM, micro_pairs.DX_FORM, gpu_block.DX_FORM),
+    LINEAR_DW["block"]: (micro_block.DW_FORM, micro_pairs.DW_FORM, gpu_block.DW_FORM),
     LINEAR["nm"]: (micro_select.NM_FORM, micro_features.NM_FORM),
     LINEAR["diagonal"]: (micro_diagonal.LINEAR_FORM,),
     LINEAR_DX["diagonal"]: (micro_diagonal.DX_FORM,),
@@ -52,6 +61,12 @@ _COMPILED: Candidates = {
     **{LINEAR_DX[name]: ways for name, ways in micro_gradients.DX_FORMS.items()},
     **{LINEAR_DW[name]: ways for name, ways in micro_gradients.DW_FORMS.items()},
 }
+for _ops, _forms in (
+    (LINEAR, gpu_sums.LINEAR_FORMS),
+    (LINEAR_DX, gpu_sums.DX_FORMS),
+    (LINEAR_DW, gpu_sums.DW_FORMS),
+):
+    _COMPILED |= {_ops[name]: (*_COMPILED[_ops[name]], form) for name, form in _forms.items()}
 _ATEN: Candidates = {
     LINEAR["block"]: block.LINEAR,
     LINEAR_DX["block"]: block.DX,
@@ -84,6 +99,17 @@ PORTABLE: Candidates = _with_dense({LINEAR["block"]: block.PORTABLE})
 @cache
 def install() -> None:
     """Let Inductor lower the operators that kernels run; once in a process."""
-    for kernels in COMPILED:
-        for op, lowering in kernels.LOWERINGS.items():
-            cpp_templates.lower(op, lowering)
+    on_cpu = {op: lowering for kernels in COMPILED for op, lowering in kernels.LOWERINGS.items()}
+    on_gpu = {op: lowering for kernels in GPU for op, lowering in kernels.LOWERINGS.items()}
+    for op in {**on_cpu, **on_gpu}:
+        cpp_templates.lower(op, _by_device(op, on_cpu.get(op), on_gpu.get(op)))
+
+
+def _by_device(op: Any, on_cpu: Lowering | None, on_gpu: Lowering | None) -> Lowering:
+    """Return the lowering for the device of the first argument; none calls the operator."""
+
+    def lower(x: Any, *rest: Any) -> Any:
+        chosen = on_gpu if x.get_device().type == "cuda" else on_cpu
+        return chosen(x, *rest) if chosen else cpp_templates.fallback(op, x, *rest)
+
+    return lower

@@ -16,6 +16,8 @@ width, in_map, out_map)``                         to the n outputs of its tile. 
 values2, indices2, hidden, width, activation,     them: ``activation`` is a name of
 in_map, out_map)``                                ``activation.py``, the second has no bias
 ``block_pairs``, ``block_pairs_dx``               blocks of 16-bit numbers: see ``pairs_ops.py``
+``..._into(..., in_map, into)``                   the same as an operator with maps, output n stored
+                                                  at ``into[n]``: GPUs store through the inverse
 ================================================  ===============================================
 
 Formulations put them into a graph in the place of structured operators; none has a gradient. Here
@@ -30,10 +32,13 @@ Example:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from padst_compiler.activation import ACTIVATIONS
+from padst_compiler.index_map import invert
 from padst_compiler.ops import LINEAR, LINEAR_DX
 from padst_compiler.pairs_ops import BLOCK_PAIRS, BLOCK_PAIRS_DX, moved
 
@@ -41,6 +46,7 @@ __all__ = [
     "BLOCK_MLP",
     "DIAGONAL_SUMS",
     "GATHERED_SUMS",
+    "INTO",
     "IN_MAP",
     "MAPPED",
     "PICKED_SUMS",
@@ -199,3 +205,23 @@ IN_MAP: dict[torch._ops.OpOverload, int] = dict.fromkeys(MAPPED.values(), 4)
 """The place of ``in_map`` among an operator's arguments; that of ``out_map`` is the next."""
 IN_MAP |= {BLOCK_MLP: 9, GATHERED_SUMS: 3, PICKED_SUMS: 4, DIAGONAL_SUMS: 5}
 IN_MAP |= dict.fromkeys((BLOCK_PAIRS, BLOCK_PAIRS_DX), 4)
+
+INTO: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+"""What stores through the inverse of ``out_map``, by what takes the map itself."""
+
+
+def _register_into(op: torch._ops.OpOverload) -> None:
+    def stored(*args: Any) -> Tensor:
+        y: Tensor = op(*args[:-1], None if args[-1] is None else invert(args[-1]))
+        return y
+
+    name = f"{op.name()}_into"
+    schema = str(op._schema).removeprefix(op.name()).replace("out_map", "into")
+    form = torch.library.custom_op(name, stored, mutates_args=(), schema=schema)
+    form.register_fake(lambda *args: op(*args))
+    INTO[op] = getattr(torch.ops.padst, name.removeprefix("padst::")).default
+
+
+for _op in (*MAPPED.values(), BLOCK_MLP):
+    _register_into(_op)
+    IN_MAP[INTO[_op]] = IN_MAP[_op]

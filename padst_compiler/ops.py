@@ -11,8 +11,9 @@ unit)``
 ``invert(perm)``                                the inverse map
 ==============================================  ================================================
 
-Here every operator runs its structure's reference in plain PyTorch, on any device: the truth that
-kernels and passes are tested against, and what runs where no kernel does. Maps are separate
+Here every operator runs its structure's reference in plain PyTorch: the truth that kernels and
+passes are tested against, and what runs where no kernel does. On a GPU it runs the cheapest way
+that ``kernels/`` know, a Triton kernel or the dense product. Maps are separate
 operators so that they can cancel, move and fuse. Second derivatives are not defined and raise.
 
 Example:
@@ -23,7 +24,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,25 +106,42 @@ def _register_linear(kind: type[Structure]) -> None:
         "-> Tensor",
     )
     forward_op.register_fake(linear_fake)
+    forward_op.register_kernel("cuda")(_on_gpu(name))
     forward_op.register_autograd(backward, setup_context=setup)
-    torch.library.custom_op(
+    dx_op = torch.library.custom_op(
         f"{name}_dx",
         dx,
         mutates_args=(),
         schema="(Tensor grad, Tensor values, Tensor indices, SymInt in_features) -> Tensor",
-    ).register_fake(dx_fake)
-    torch.library.custom_op(
+    )
+    dx_op.register_fake(dx_fake)
+    dx_op.register_kernel("cuda")(_on_gpu(f"{name}_dx"))
+    dw_op = torch.library.custom_op(
         f"{name}_dw",
         dw,
         mutates_args=(),
         schema="(Tensor grad, Tensor x, Tensor indices, SymInt[] unit) -> Tensor",
-    ).register_fake(dw_fake)
+    )
+    dw_op.register_fake(dw_fake)
+    dw_op.register_kernel("cuda")(_on_gpu(f"{name}_dw"))
     namespace = torch.ops.padst
     LINEAR[kind.name] = getattr(namespace, f"{kind.name}_linear").default
     LINEAR_DX[kind.name] = getattr(namespace, f"{kind.name}_linear_dx").default
     LINEAR_DW[kind.name] = getattr(namespace, f"{kind.name}_linear_dw").default
     for op in (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]):
         STRUCTURE_OF[op] = kind
+
+
+def _on_gpu(name: str) -> Callable[..., Tensor]:
+    """Return what runs an operator on a GPU: the cheapest way that ``kernels/`` know."""
+
+    def run(*args: Any) -> Tensor:
+        backend = importlib.import_module("padst_compiler.backend")  # it stands above operators
+        op = getattr(torch.ops.padst, name.removeprefix("padst::")).default
+        y: Tensor = backend.on_gpu(op, *args)
+        return y
+
+    return run
 
 
 def _permute(x: Tensor, perm: Tensor) -> Tensor:

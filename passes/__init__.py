@@ -11,6 +11,7 @@ from padst_compiler.passes.drop_identity import DropIdentity
 from padst_compiler.passes.drop_watch import DropWatch
 from padst_compiler.passes.fold_permutations import FoldPermutations
 from padst_compiler.passes.fuse_mlp import FuseMlp
+from padst_compiler.passes.invert_maps import InvertMaps
 from padst_compiler.passes.keep_strides import KeepStrides
 from padst_compiler.passes.lower_maps import LowerMaps
 from padst_compiler.passes.lower_weights import LowerWeights
@@ -21,14 +22,13 @@ from padst_compiler.passes.use_sparse_operator import UseSparseOperator
 from padst_compiler.rewrite import Pass
 
 __all__ = ["FOLDS", "KeepStrides", "inference_passes", "training_passes"]
-
 FOLDS: tuple[Pass, ...] = (CancelInverse(), DropIdentity(), FoldPermutations())
 
 
 def inference_passes(candidates: Candidates, *, prefer: Prefer, fold: bool) -> tuple[Pass, ...]:
     """Return the passes for a graph whose Parameters are frozen."""
     folds, written = (FOLDS, (RecogniseMaps(),)) if fold else ((), ())
-    chosen = (ChooseFormulation(candidates, prefer), *folds, FuseMlp(), LowerMaps())
+    chosen = (ChooseFormulation(candidates, prefer), *folds, FuseMlp(), LowerMaps(), InvertMaps())
     weights = (OpenAttention(), UseSparseOperator(), LowerWeights())
     return (DropWatch(), *weights, *written, *folds, *chosen)
 
@@ -36,4 +36,4 @@ def inference_passes(candidates: Candidates, *, prefer: Prefer, fold: bool) -> t
 def training_passes(candidates: Candidates, *, prefer: Prefer) -> tuple[Pass, ...]:
     """Return the passes for a joint graph, in which no number is known."""
     weights = (UseSparseOperator(), TakeSparseGradient(), LowerWeights(), CancelInverse())
-    return (DropWatch(), *weights, ChooseFormulation(candidates, prefer), LowerMaps())
+    return (DropWatch(), *weights, ChooseFormulation(candidates, prefer), LowerMaps(), InvertMaps())

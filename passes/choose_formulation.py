@@ -19,7 +19,6 @@ formulations in that unit too, at their measured ratios to dense.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,14 +26,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from padst_compiler.compat import size_hint
 from padst_compiler.contest import Contest, Measured, Prefer
 from padst_compiler.formulation import BYTE, Candidates, Formulation, Geometry
+from padst_compiler.geometry import geometry_of
 from padst_compiler.insertion import inline
-from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX, STRUCTURE_OF
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.passes.folding.solver import Table, minimise
 from padst_compiler.rewrite import Facts, Report, Rule, shape_of
-from padst_compiler.structures import Shape, unit_of
 
 __all__ = ["ChooseFormulation"]
 
@@ -187,30 +185,11 @@ def _writers(node: fx.Node, sites: Mapping[fx.Node, Geometry]) -> list[fx.Node]:
 
 
 def _geometry(node: fx.Node, facts: Facts) -> Geometry:
-    first, indices = shape_of(node.args[0]), _indices(node)
-    assert first is not None
-    if node.target in _DW:
-        second = shape_of(node.args[1])
-        assert second is not None
-        shape = Shape(int(first[-1]), int(second[-1]))
-    elif node.target in _DX:
-        shape = Shape(int(first[-1]), _integer(node.args[3]))
-    else:
-        shape = Shape(_integer(node.args[4]), int(first[-1]))
     values = node.args[1] if node.target not in _DW else None
-    unit = _constant(node.args[3]) if values is None else unit_of(_val(values), _val(indices))
-    assert isinstance(unit, Sequence)
-    structure = STRUCTURE_OF[_operator(node)].of_storage(_val(indices), shape, unit)
-    value = node.meta["val"]
-    return Geometry(
-        structure=structure,
-        shape=shape,
-        kept=structure.slots(_val(indices), shape).shape[1],
-        tokens=math.prod(size_hint(n) for n in first[:-1]),
-        dtype=value.dtype,
-        device=value.device.type,
-        frozen=facts.is_frozen(values) and facts.is_frozen(indices),
-    )
+    frozen = facts.is_frozen(values) and facts.is_frozen(_indices(node))
+    given = [_constant(argument) for argument in node.args]
+    arguments = [_val(a) if isinstance(a, fx.Node) else a for a in given]
+    return geometry_of(_operator(node), arguments, frozen=frozen)
 
 
 def _operator(node: fx.Node) -> torch._ops.OpOverload:

@@ -10,11 +10,12 @@ after the choice: a structured operator that is left is one that a kernel of our
 between the two may be spelled in any way, and is known by the numbers it computes; casts between
 types drop out, as they do where Inductor fuses. Left alone: hidden features that something else
 reads, or that are moved, masked at random or combined with another tensor, and activations that the
-kernel has not.
+kernel has not; on a GPU what is predicted to lose.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from padst_compiler.activation import ACTIVATIONS, recognise
+from padst_compiler.compat import size_hint
+from padst_compiler.gpu_cost import mlp_pays
 from padst_compiler.insertion import inline
 from padst_compiler.kernel_ops import BLOCK_MLP
 from padst_compiler.ops import LINEAR
@@ -54,6 +57,8 @@ class FuseMlp:
             where = ", ".join(dict.fromkeys(names))
             try:
                 name = between.activation()
+                if second.meta["val"].device.type == "cuda":
+                    between.check_gpu()
             except _NotFusedError as obstacle:
                 left.append(Refusal(where, str(obstacle)))
                 continue
@@ -144,6 +149,20 @@ class _Between:
             known = ", ".join(ACTIVATIONS)
             raise _NotFusedError(f"what stands between the layers ({spelled}) is none of {known}")
         return name
+
+    def check_gpu(self) -> None:
+        """Let pass what the kernel of a GPU computes, and faster than two do.
+
+        Raises:
+            _NotFusedError: two kernels run.
+        """
+        first, second = ([*map(int, shape_of(n.args[1]) or ())] for n in (self.first, self.second))
+        x = self.first.meta["val"]
+        if first[3] != second[2] or first[3] % 16:
+            raise _NotFusedError(f"blocks of {first[3]} outputs meet blocks of {second[2]} inputs")
+        tokens = math.prod(size_hint(n) for n in x.shape[:-1])
+        if not mlp_pays(tokens, first, second, x.dtype):
+            raise _NotFusedError("hidden features would be computed more often than that saves")
 
     def _start(self) -> fx.Node:
         """Return what the activation reads, and note the bias that is in it."""

@@ -108,6 +108,6 @@ def test_the_compile_option_traces_inference_and_training(tmp_path: Path, grad: 
         fast(torch.randn(3, 16))
     names = [p.name for p in sorted((tmp_path / "graph_000").glob("*.txt"))]
     first = "drop_watch" if grad else "keep_strides"
-    assert names[0] == f"01_{first}.txt" and names[-1].endswith("_lower_maps.txt")
+    assert names[0] == f"01_{first}.txt" and names[-1].endswith("_invert_maps.txt")
     assert (tmp_path / "graph_000" / "after.png").exists()
     assert "padst.permute" in (tmp_path / "graph_000" / names[0]).read_text()

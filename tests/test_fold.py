@@ -166,20 +166,27 @@ def test_inference_folds_before_and_after_the_choice_and_lowers_last() -> None:
     passes = names(inference_passes(CANDIDATES, prefer="auto", fold=True))
     folds = names(FOLDS)
     weights = ["open_attention", "use_sparse_operator", "lower_weights", "recognise_maps"]
-    last = ["choose_formulation", *folds, "fuse_mlp", "lower_maps"]
+    last = ["choose_formulation", *folds, "fuse_mlp", "lower_maps", "invert_maps"]
     assert passes == ["drop_watch", *weights, *folds, *last]
 
 
 def test_without_folding_maps_are_only_lowered() -> None:
     passes = names(inference_passes(PORTABLE, prefer="auto", fold=False))
     weights = ["open_attention", "use_sparse_operator", "lower_weights"]
-    assert passes == ["drop_watch", *weights, "choose_formulation", "fuse_mlp", "lower_maps"]
+    assert passes == [
+        "drop_watch",
+        *weights,
+        "choose_formulation",
+        "fuse_mlp",
+        "lower_maps",
+        "invert_maps",
+    ]
 
 
 def test_training_relies_on_no_number() -> None:
     passes = names(training_passes(CANDIDATES, prefer="auto"))
     weights = ["use_sparse_operator", "take_sparse_gradient", "lower_weights"]
-    rest = ["cancel_inverse", "choose_formulation", "lower_maps"]
+    rest = ["cancel_inverse", "choose_formulation", "lower_maps", "invert_maps"]
     assert passes == ["drop_watch", *weights, *rest]
 
 
@@ -207,5 +214,6 @@ def test_a_site_that_was_chosen_dense_absorbs_what_its_structure_could_not() -> 
     for prefer, gathers in (("dense", 0), ("sparse", 2)):
         passes = inference_passes(CANDIDATES, prefer=prefer, fold=True)
         result = folded(run, torch.randn(5, 8), passes=passes, p=table, **given)
-        assert len(result.reports[-1].left) == gathers
+        (lowered,) = (report for report in result.reports if report.name == "lower_maps")
+        assert len(lowered.left) == gathers
         assert result.verdict.startswith("verified")

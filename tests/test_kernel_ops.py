@@ -10,6 +10,7 @@ from padst_compiler.kernel_ops import (
     DIAGONAL_SUMS,
     GATHERED_SUMS,
     IN_MAP,
+    INTO,
     MAPPED,
     PICKED_SUMS,
 )
@@ -122,10 +123,13 @@ def test_operators_pass_torchs_own_checks(maps: tuple[Any, Any]) -> None:
 
 def test_every_operator_with_maps_says_where_they_go() -> None:
     sums = {GATHERED_SUMS, PICKED_SUMS, DIAGONAL_SUMS}
-    assert set(IN_MAP) == {*MAPPED.values(), *sums, BLOCK_MLP, BLOCK_PAIRS, BLOCK_PAIRS_DX}
+    plain = {*MAPPED.values(), *sums, BLOCK_MLP, BLOCK_PAIRS, BLOCK_PAIRS_DX}
+    assert set(INTO) == {*MAPPED.values(), BLOCK_MLP}
+    assert set(IN_MAP) == plain | set(INTO.values())
     for op, place in IN_MAP.items():
         names = [argument.name for argument in op._schema.arguments]
-        assert names[place : place + 2] == ["in_map", "out_map"] == names[-2:]
+        last = "into" if op in INTO.values() else "out_map"
+        assert names[place : place + 2] == ["in_map", last] == names[-2:]
 
 
 @Kinds
@@ -145,3 +149,6 @@ def test_with_maps_the_input_is_moved_before_and_the_output_after(
         torch.testing.assert_close(y, expected[..., q] if maps[1] else expected)
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(MAPPED[op[kind.name]], args, test_utils=checks)
+        inverse = (*args[:-1], q.argsort() if maps[1] else None)
+        torch.testing.assert_close(INTO[MAPPED[op[kind.name]]](*inverse), y)
+        torch.library.opcheck(INTO[MAPPED[op[kind.name]]], inverse, test_utils=checks)

@@ -1,0 +1,155 @@
+"""Element kernels on a GPU: what they are predicted to cost, and how Inductor lowers to them.
+
+The texts are those of ``triton_sums.py``. No matrix unit helps them: for many tokens a dense
+product is cheaper, and is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padst_compiler import cpp_templates as inductor
+from padst_compiler import triton_templates as triton
+from padst_compiler.formulation import Formulation, Geometry
+from padst_compiler.gpu_cost import is_gpu, launches, priced, seconds
+from padst_compiler.kernel_ops import INTO, MAPPED
+from padst_compiler.kernels import triton_sums
+from padst_compiler.kernels.gpu_lowering import (
+    Lowering,
+    gradient,
+    lowered,
+    mapped,
+    takes,
+    tokens,
+    width,
+)
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+
+__all__ = ["DW_FORMS", "DX_FORMS", "LINEAR_FORMS", "LOWERINGS"]
+
+NAMES = ("fan_in", "nm", "diagonal")
+
+
+# -- formulations ----------------------------------------------------------------------------------
+
+# Operations a second: each needs a number of x of its own from the L1 cache, and of what lies apart
+# a request brings few. Derived, not timed.
+APART, ALONG = 3.0e12, 10.0e12
+SORTED = 10  # times that what is sorted is read and written
+
+
+def _sums(g: Geometry, *, lists: bool = False, more: int = 0) -> float | None:
+    if not (is_gpu(g) and triton.is_available()):
+        return None
+    diagonal = g.structure.name == "diagonal"
+    numbers = g.tokens * (g.shape.in_features + g.shape.out_features) + g.nnz
+    moved = numbers * g.item + (0 if diagonal else 4.0 * g.nnz)
+    taken = seconds(2.0 * g.tokens * g.nnz, ALONG if diagonal else APART, moved)
+    if lists and not diagonal:
+        taken += seconds(0.0, 1.0, SORTED * 12.0 * g.nnz) + launches(4)
+    return priced(taken + launches(more))
+
+
+def _linear_form(name: str) -> Formulation:
+    def linear(
+        x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        y: Tensor = LINEAR[name](x, values, indices, None, out_features)
+        return y if bias is None else y + bias
+
+    return Formulation("triton", linear, _sums)
+
+
+LINEAR_FORMS = {name: _linear_form(name) for name in NAMES}
+DX_FORMS = {
+    name: Formulation("triton", LINEAR_DX[name], lambda g: _sums(g, lists=True)) for name in NAMES
+}
+DW_FORMS = {
+    name: Formulation("triton", LINEAR_DW[name], lambda g: _sums(g, more=1)) for name in NAMES
+}
+
+
+# -- lowerings -------------------------------------------------------------------------------------
+
+
+def _gathered(
+    x: Any, values: Any, indices: Any, out: Any, in_map: Any = None, into: Any = None
+) -> Any:
+    if not takes(x, values, indices, values.get_size()):
+        return None
+    sizes, (outputs,) = inductor.numbers(values.get_size()), inductor.numbers([out])
+    how = triton_sums.gathered_sums(sizes, width(x, in_map), tokens(x))
+    given = {"W": values, "INDICES": indices}
+    return mapped(triton_sums.GATHERED, x, given, outputs, [how], in_map, into)
+
+
+def _gathered_dx(
+    grad: Any, values: Any, indices: Any, inputs: Any, in_map: Any = None, into: Any = None
+) -> Any:
+    if not takes(grad, values, indices, values.get_size()):
+        return None
+    sizes, (features,) = inductor.numbers(values.get_size()), inductor.numbers([inputs])
+    columns = indices if len(sizes) == 2 else triton.shifted(indices, features // sizes[1])
+    order, starts = triton.sorted_places(columns, features)
+    how = triton_sums.listed_sums(sizes, features, tokens(grad))
+    given = {"W": values, "ORDER": order, "STARTS": starts}
+    return mapped(triton_sums.LISTED, grad, given, features, [how], in_map, into)
+
+
+def _gathered_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
+    if not takes(grad, x, indices, indices.get_size()):
+        return None
+    sizes = inductor.numbers(indices.get_size())
+    how = triton_sums.gathered_gradient(sizes, width(x), tokens(x))
+    y = gradient(triton_sums.GATHERED_DW, grad, x, indices, how, [sizes[0], math.prod(sizes[1:])])
+    return inductor.view(y, [*sizes, *unit])
+
+
+def _diagonal(
+    x: Any, values: Any, indices: Any, out: Any, in_map: Any = None, into: Any = None
+) -> Any:
+    return _diagonals(x, values, indices, out, in_map, into, dx=False)
+
+
+def _diagonal_dx(
+    grad: Any, values: Any, indices: Any, inputs: Any, in_map: Any = None, into: Any = None
+) -> Any:
+    return _diagonals(grad, values, indices, inputs, in_map, into, dx=True)
+
+
+def _diagonals(
+    x: Any, values: Any, indices: Any, out: Any, in_map: Any, into: Any, *, dx: bool
+) -> Any:
+    if not takes(x, values, indices, values.get_size()):
+        return None
+    sizes, (outputs,) = inductor.numbers(values.get_size()), inductor.numbers([out])
+    how = triton_sums.diagonal_sums(sizes, width(x, in_map), outputs, tokens(x), dx=dx)
+    given = {"W": values, "INDICES": indices}
+    return mapped(triton_sums.DIAGONAL, x, given, outputs, [how], in_map, into)
+
+
+def _diagonal_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
+    if not takes(grad, x, indices, [*indices.get_size(), *unit]):
+        return None
+    sizes = inductor.numbers([*indices.get_size(), *unit])
+    how = triton_sums.diagonal_gradient(sizes, width(x), width(grad), tokens(x))
+    return gradient(triton_sums.DIAGONAL_DW, grad, x, indices, how, sizes)
+
+
+LOWERINGS: dict[torch._ops.OpOverload, Lowering] = {}
+_RUNS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "fan_in": (_gathered, _gathered_dx, _gathered_dw),
+    "nm": (_gathered, _gathered_dx, _gathered_dw),
+    "diagonal": (_diagonal, _diagonal_dx, _diagonal_dw),
+}
+for _name, (_linear, _dx, _dw) in _RUNS.items():
+    LOWERINGS[LINEAR[_name]] = lowered(LINEAR[_name], _linear, bias=3)
+    LOWERINGS[LINEAR_DX[_name]] = lowered(LINEAR_DX[_name], _dx)
+    LOWERINGS[LINEAR_DW[_name]] = lowered(LINEAR_DW[_name], _dw)
+    for _op, _run in ((MAPPED[LINEAR[_name]], _linear), (MAPPED[LINEAR_DX[_name]], _dx)):
+        LOWERINGS |= {_op: lowered(_op, _run, through=True), INTO[_op]: lowered(INTO[_op], _run)}

@@ -1,0 +1,179 @@
+"""Generate code for an H200 that is not there, in a process of its own.
+
+``python -m tests.kernels.generate [CASE ...]`` prints JSON: the code of each case, static and with
+a symbolic number of tokens. Triton must not be in its interpreter here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from padst_compiler.kernel_ops import BLOCK_MLP, INTO, MAPPED
+from padst_compiler.kernels import install
+from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
+
+from .fake_h200 import code_of, h200
+from .stored import weights
+
+TOKENS, INPUTS, OUTPUTS, SIDE = 21, 64, 96, 16
+SHAPE, TURNED = Shape(OUTPUTS, INPUTS), Shape(INPUTS, OUTPUTS)
+SPARSITY = 0.6
+
+STRUCTURES: dict[str, Structure] = {
+    "block": Block(SIDE),
+    "fan_in": FanIn(),
+    "nm": NM(16),
+    "diagonal": Diagonal(),
+}
+linear, dx, dw = (ops["block"] for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
+into = INTO[MAPPED[linear]]
+
+
+def stored(name: str, dtype: torch.dtype, shape: Shape = SHAPE) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, indices and the dense weight in float64 of a structure."""
+    return weights(STRUCTURES[name], shape, dtype, SPARSITY)
+
+
+def given(needs: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return inputs by name; ``v.block`` and ``i.block`` are values and indices, w.block dense."""
+    made: dict[str, Tensor] = {
+        "x": torch.randn(TOKENS, INPUTS).to(dtype),
+        "three": torch.randn(3, TOKENS, INPUTS).to(dtype),
+        "grad": torch.randn(TOKENS, OUTPUTS).to(dtype),
+        "bias": torch.randn(OUTPUTS).to(dtype),
+        "residual": torch.randn(TOKENS, OUTPUTS).to(dtype),
+        "in_map": torch.randperm(INPUTS),
+        "into": torch.randperm(OUTPUTS),
+    }
+    for name in STRUCTURES:
+        if f"v.{name}" in needs or f"i.{name}" in needs:
+            values, indices, dense = stored(name, dtype)
+            made |= {f"v.{name}": values, f"i.{name}": indices, f"w.{name}": dense}
+    if "v.second" in needs:
+        values, indices, dense = stored("block", dtype, TURNED)
+        made |= {"v.second": values, "i.second": indices, "w.second": dense}
+    return made
+
+
+class Case(NamedTuple):
+    """A graph of operators: what is traced, its inputs by name, and its result in float64."""
+
+    run: Callable[..., Tensor]
+    needs: tuple[str, ...]
+    expected: Callable[[dict[str, Tensor]], Tensor]
+
+
+BLOCK = ("v.block", "i.block")
+
+
+def _mapped(made: dict[str, Tensor]) -> Tensor:
+    y = made["x"][:, made["in_map"]] @ made["w.block"].t()
+    return torch.zeros_like(y).index_copy(1, made["into"], y) + made["bias"]
+
+
+def _dense(made: dict[str, Tensor], name: str = "block", x: str = "x") -> Tensor:
+    return made[x] @ made[f"w.{name}"].t()
+
+
+def _packed(made: dict[str, Tensor], name: str = "block") -> Tensor:
+    full = made["grad"].t() @ made["x"]
+    return STRUCTURES[name].pack(full, made[f"i.{name}"])
+
+
+CASES: dict[str, Case] = {
+    "epilogue": Case(
+        lambda x, v, i, b, r: F.gelu(linear(x, v, i, None, OUTPUTS) + b) + r,
+        ("x", *BLOCK, "bias", "residual"),
+        lambda made: F.gelu(_dense(made) + made["bias"]) + made["residual"],
+    ),
+    "prologue": Case(
+        lambda x, v, i, b: linear(x * 2.0, v, i, None, OUTPUTS) + b,
+        ("x", *BLOCK, "bias"),
+        lambda made: 2.0 * _dense(made) + made["bias"],
+    ),
+    "three": Case(
+        lambda x, v, i: linear(x, v, i, None, OUTPUTS).relu(),
+        ("three", *BLOCK),
+        lambda made: _dense(made, x="three").relu(),
+    ),
+    "maps": Case(
+        lambda x, v, i, m, to, b: into(x, v, i, OUTPUTS, m, to) + b,
+        ("x", *BLOCK, "in_map", "into", "bias"),
+        _mapped,
+    ),
+    "mlp": Case(
+        lambda x, v, i, b, v2, i2: BLOCK_MLP(
+            x, v, i, b, v2, i2, OUTPUTS, INPUTS, "gelu", None, None
+        ),
+        ("x", *BLOCK, "bias", "v.second", "i.second"),
+        lambda made: F.gelu(_dense(made) + made["bias"]) @ made["w.second"].t(),
+    ),
+    "dx": Case(
+        lambda g, v, i: dx(g, v, i, INPUTS),
+        ("grad", *BLOCK),
+        lambda made: made["grad"] @ made["w.block"],
+    ),
+    "dw": Case(lambda g, x, i: dw(g, x, i, [SIDE, SIDE]), ("grad", "x", "i.block"), _packed),
+}
+
+
+def _of(name: str) -> dict[str, Case]:
+    forward, to_x, to_w = (ops[name] for ops in (LINEAR, LINEAR_DX, LINEAR_DW))
+    unit = [INPUTS] if name == "diagonal" else []
+    stored_as = (f"v.{name}", f"i.{name}")
+    return {
+        name: Case(
+            lambda x, v, i, b: forward(x, v, i, None, OUTPUTS) + b,
+            ("x", *stored_as, "bias"),
+            lambda made: _dense(made, name) + made["bias"],
+        ),
+        f"{name}_dx": Case(
+            lambda g, v, i: to_x(g, v, i, INPUTS),
+            ("grad", *stored_as),
+            lambda made: made["grad"] @ made[f"w.{name}"],
+        ),
+        f"{name}_dw": Case(
+            lambda g, x, i: to_w(g, x, i, unit),
+            ("grad", "x", f"i.{name}"),
+            lambda made: _packed(made, name),
+        ),
+    }
+
+
+for _name in ("fan_in", "nm", "diagonal"):
+    CASES |= _of(_name)
+
+
+KINDS = ("float32-static", "bfloat16-static", "float32-dynamic")
+
+
+def main(names: list[str]) -> None:
+    """Print the code of the cases named, or of all."""
+    install()
+    found: dict[str, str] = {}
+    with h200():
+        for name in names or list(CASES):
+            function, needs, _ = CASES[name]
+            for kind in KINDS:
+                dtype, size = kind.split("-")
+                made = given(needs, getattr(torch, dtype))
+
+                def fakes(made: dict[str, Tensor] = made, needs: Any = needs) -> list[Tensor]:
+                    real = (made[need] for need in needs)
+                    return [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
+
+                code = code_of(function, fakes, dynamic=size == "dynamic")
+                found[f"{name}-{kind}"] = code
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Run the code that Inductor generated for a GPU on a CPU, its kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from padst_compiler.triton_text import function_of
+
+__all__ = ["calls_of", "kernels_of", "run"]
+
+KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
+DECORATOR = re.compile(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", re.DOTALL)
+ELSEWHERE = {
+    "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": "get_raw_stream = int",
+    "torch._C._dynamo.guards._empty_strided_cuda": (
+        "lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)"
+    ),
+    "with torch.cuda._DeviceGuard(0):": "if True:",
+    "torch.cuda.set_device(0)": "pass",
+    "async_compile = AsyncCompile()": "",
+    "async_compile.wait(globals())": "",
+    "del async_compile": "",
+}
+DRIVER = "triton_helpers.set_driver_to_gpu()"
+BLOCK = 256  # numbers that a program of a pointwise kernel computes
+
+
+def kernels_of(code: str) -> dict[str, str]:
+    """Return the sources of the kernels in generated code, by name."""
+    return dict(KERNEL.findall(code))
+
+
+def calls_of(code: str) -> str:
+    """Return the lines that call kernels and operators."""
+    lines = code.split("class Runner", 1)[1].splitlines()
+    return "\n".join(line for line in lines if not line.strip().startswith("#"))
+
+
+def run(code: str, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return what the code computes for tensors on a CPU."""
+    for there, here in ELSEWHERE.items():
+        code = code.replace(there, here)
+    text = KERNEL.sub(lambda found: f"kernels[{found[1]!r}]", code)
+    kernels = {name: _Interpreted(name, source) for name, source in kernels_of(code).items()}
+    space: dict[str, Any] = {"kernels": kernels, "__name__": "generated"}
+    exec(compile(text, "<generated>", "exec"), space)
+    result: tuple[Tensor, ...] = space["call"](list(arguments))
+    return result
+
+
+class _Interpreted:
+    """A kernel as generated code calls it."""
+
+    def __init__(self, name: str, source: str) -> None:
+        plain = DECORATOR.sub("", source)
+        # The interpreter has no functions of other libraries, and no products of bf16.
+        plain = plain.replace("libdevice.erf", "tl.erf").replace(DRIVER, "")
+        plain = re.sub(r"DOT : tl.constexpr = tl.\w+", "DOT : tl.constexpr = tl.float32", plain)
+        self._function, self._on_grid = function_of(name, plain), "_grid_0" in source
+
+    def run(self, *arguments: Any, stream: object) -> None:
+        del stream
+        if self._on_grid:
+            *given, x, y, z = arguments
+            self._function[(x, y, z)](*given)
+            return
+        numbers = [a for a in arguments if isinstance(a, int)]
+        assert len(numbers) == 1, "one axis only: what else Inductor generates is not run here"
+        self._function[(-(-numbers[0] // BLOCK),)](*arguments, XBLOCK=BLOCK)

@@ -1,0 +1,69 @@
+"""Code that Inductor generates for a GPU, with our templates in it, run in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from padst_compiler.triton_text import is_interpreted
+
+from .generate import CASES, KINDS, given
+from .interpreted import calls_of, kernels_of, run
+
+ROOT = Path(__file__).parents[2]
+KEYS = [f"{case}-{kind}" for case in CASES for kind in KINDS]
+SORTED = ("dx", "fan_in_dx", "nm_dx")  # weights are listed by column first: a sort, and a search
+
+
+def interpretable(key: str) -> bool:
+    """Whether it can run here: no sort, and tokens of two inputs are one symbol in whole graphs."""
+    case, _, kind = key.split("-")
+    apart = kind == "dynamic" and {"grad", "residual"} & {*CASES[case].needs}
+    return case not in SORTED and not apart
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    call = [sys.executable, "-m", "tests.kernels.generate"]
+    made = subprocess.run(call, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stderr[-4000:]
+    codes: dict[str, str] = json.loads(made.stdout)
+    return codes
+
+
+@pytest.mark.xdist_group("generated-on-gpu")
+@pytest.mark.parametrize("key", KEYS)
+def test_every_operator_is_one_kernel_with_what_surrounds_it(
+    generated: dict[str, str], key: str
+) -> None:
+    kernels = kernels_of(generated[key])
+    case, dtype, _ = key.split("-")
+    assert sum(name.startswith("triton_tem_fused_") for name in kernels) == 1
+    alone = case not in SORTED and not case.endswith("dw")  # parts of a gradient are added apart
+    rounds = case == "prologue" and dtype == "bfloat16"  # Inductor fuses none to fewer bits
+    assert len(kernels) == 1 or rounds or not alone
+    assert "= torch.ops.padst." not in calls_of(generated[key])
+
+
+@pytest.mark.xdist_group("generated-on-gpu")
+@pytest.mark.parametrize("key", [key for key in KEYS if interpretable(key)])
+def test_it_computes_what_the_reference_does(generated: dict[str, str], key: str) -> None:
+    assert is_interpreted()
+    case, name, kind = key.split("-")
+    dtype, needs = getattr(torch, name), CASES[case].needs
+    made = given(needs, dtype)
+    if kind == "dynamic":  # another number of tokens than it was generated for
+        made[needs[0]] = torch.cat([made[needs[0]], made[needs[0]][:5]])
+    (got,) = run(generated[key], [made[need].clone() for need in needs])
+    expected = CASES[case].expected(
+        {key: t.double() if t.is_floating_point() else t for key, t in made.items()}
+    )
+    bound = {torch.float32: 5e-6, torch.bfloat16: 2**-6}[dtype]
+    assert got.dtype is dtype and got.shape == expected.shape
+    assert float((got.double() - expected).abs().max()) <= bound * float(expected.abs().max())
