@@ -30,6 +30,8 @@ START = 2.0e-6  # seconds from one kernel to the next
 UNIT = LAUNCH / 3.0e-6  # costs are operations of a dense product, at this many a second
 
 
+MOVED = 2**18  # 197 tokens of 768: 2.6 us through the L2 cache by 48 rows of blocks, 2.2 apart
+
 # Share of a dense product's rate by the side of a block that is a matrix unit's narrow side: what
 # feeding it from shared memory allows, times 0.7 for Triton against cuBLAS.
 FEED = {16: 0.28, 32: 0.45, 64: 0.65, 128: 0.7}
@@ -103,6 +105,18 @@ def mlp_pays(tokens: int, first: Sequence[int], second: Sequence[int], dtype: to
     apart = sum(seconds(work, rate, (hidden + ends + weights / 2) * item) for work in flops)
     together = seconds(flops[0] * repeats + flops[1], rate, (2 * ends + weights) * item)
     return together < apart
+
+
+def moves_in_kernel(numbers: int) -> bool:
+    """Whether a kernel should move features itself, rather than another before or after it.
+
+    Every number then comes alone in 32 bytes, and for as many rows of blocks as read it; another
+    kernel costs its start, and reads and writes each number once.
+
+    Args:
+        numbers: that are moved.
+    """
+    return numbers <= MOVED
 
 
 def feed(narrow: int) -> float:

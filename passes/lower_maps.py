@@ -10,6 +10,8 @@ Every map that is lowered here is reported as left: it costs a movement.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from padst_compiler.compat import size_hint
+from padst_compiler.gpu_cost import moves_in_kernel
 from padst_compiler.index_map import invert
 from padst_compiler.insertion import inline
 from padst_compiler.kernel_ops import IN_MAP, MAPPED
 from padst_compiler.ops import LINEAR
-from padst_compiler.rewrite import Facts, Refusal, Report
+from padst_compiler.rewrite import ATEN, Facts, Refusal, Report
 from padst_compiler.symbolic import recognise
 
 __all__ = ["LowerMaps"]
 
 PERMUTE = torch.ops.padst.permute.default
+NORMS = frozenset({ATEN.native_layer_norm.default, ATEN._fused_rms_norm.default})
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class LowerMaps:
             if node.op != "call_function" or node.target not in lowered:
                 continue
             owner = facts.owner(node)
-            if _read_through(graph, node) or _write_through(graph, node):
+            if _is_for_kernels(node) and (
+                _read_through(graph, node) or _write_through(graph, node)
+            ):
                 left.append(Refusal(owner, "a gather remains, in a kernel of ours"))
                 continue
             operands = [a for a in node.args if isinstance(a, fx.Node)]
@@ -64,6 +71,22 @@ class LowerMaps:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
         return Report(self.name, (), tuple(left))
+
+
+def _is_for_kernels(node: fx.Node) -> bool:
+    """Whether a kernel should move features itself, if it can.
+
+    On a CPU always. On a GPU not where many numbers are moved, nor where a pointwise operator or a
+    norm stands before: that reads what it needs in another order, for nothing.
+    """
+    value, moved = node.meta["val"], node.args[0]
+    if value.device.type != "cuda" or not isinstance(moved, fx.Node):
+        return True
+    source = moved.args[0] if moved.target is operator.getitem else moved
+    target = source.target if isinstance(source, fx.Node) else None
+    tags = getattr(target, "tags", ())
+    free = torch.Tag.pointwise in tags or target in NORMS
+    return not free and moves_in_kernel(math.prod(size_hint(n) for n in value.shape))
 
 
 def _read_through(graph: fx.Graph, node: fx.Node) -> bool:

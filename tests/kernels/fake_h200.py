@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx, nn
 from torch._dynamo import device_interface
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
@@ -22,6 +23,14 @@ from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from padst_compiler.flat import exported
+from padst_compiler.fold import fold
+from padst_compiler.frozen import split
+from padst_compiler.kernels import CANDIDATES
+from padst_compiler.passes import inference_passes
+
+ATEN = torch.ops.aten
 
 FACTS: Any = types.SimpleNamespace(
     name="NVIDIA H200 (not there)",
@@ -136,14 +145,43 @@ def code_of(
             rows = shapes.create_symintnode(symbol, hint=size)
             given[0] = torch.empty(rows, *first.shape[1:], dtype=first.dtype, device="cuda")
         graph = make_fx(function, decomposition_table=select_decomp_table())(*given)
+    return _generated(graph, given, mode)
+
+
+def code_of_model(model: nn.Module, x: torch.Tensor) -> str:
+    """Return the code that is generated for a model in inference, after our passes.
+
+    Args:
+        model: in eval mode, on a CPU.
+        x: its input, on a CPU; the code is for both on "cuda".
+    """
+    function, fakes, reals, state = exported(model, (x,), False)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        there = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in fakes]
+    passes = inference_passes(CANDIDATES, prefer="sparse", fold=True)
+    folded = fold(function, there, reals, state, passes, verify=False)
+    before = [node.meta["val"] for node in folded.inputs]
+    parts = split(folded.graph_module, folded.facts)
+    given = [*(before[i] for i in parts.main_inputs), *parts.derived]
+    table = {**select_decomp_table(), ATEN.index_select.default: _index_select}
+    with mode:
+        graph = make_fx(parts.main, decomposition_table=table)(*given)
+    return _generated(graph, given, mode)
+
+
+def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+    """Return what Inductor's own decomposition does, which needs a device that is there."""
+    return ATEN.index.Tensor(x, [None] * (dim % x.dim()) + [index])
+
+
+def _generated(graph: fx.GraphModule, given: list[torch.Tensor], mode: FakeTensorMode) -> str:
     options = {"compile_threads": 1, "benchmark_epilogue_fusion": False}
-    lowering = GraphLowering(graph, shape_env=shapes, is_inference=True)
-    with (
-        V.set_fake_mode(mode),
-        DebugContext(),
-        config.patch(options),
-        V.set_graph_handler(lowering),
-    ):
+    lowering = GraphLowering(graph, shape_env=mode.shape_env, is_inference=True)
+    handlers = (V.set_fake_mode(mode), DebugContext(), V.set_graph_handler(lowering))
+    with ExitStack() as stack:
+        for handler in (*handlers, config.patch(options)):
+            stack.enter_context(handler)
         lowering.run(*given)
         code: Any = lowering.codegen()[0]
     return str(getattr(code, "value", code))

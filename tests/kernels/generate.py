@@ -12,15 +12,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import padst_compiler as padst
 from padst_compiler.kernel_ops import BLOCK_MLP, INTO, MAPPED
 from padst_compiler.kernels import install
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 
-from .fake_h200 import code_of, h200
+from .fake_h200 import code_of, code_of_model, h200
 from .stored import weights
 
 TOKENS, INPUTS, OUTPUTS, SIDE = 21, 64, 96, 16
@@ -152,6 +153,44 @@ for _name in ("fan_in", "nm", "diagonal"):
     CASES |= _of(_name)
 
 
+class Layer(nn.Module):
+    """A layer of a transformer: four linear layers, two norms, attention."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, tokens, width = x.shape
+        packed = self.qkv(self.norm1(x)).view(images, tokens, 3, self.heads, width // self.heads)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.proj(y)
+        result: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return result
+
+
+MODELS = {
+    f"{permutation}-{images}": (permutation, images)
+    for permutation in ("none", "random")
+    for images in (1, 64)
+}
+"""The layer without and with maps, for 100 tokens an image."""
+
+
+def model_code(permutation: str, images: int) -> str:
+    """Return the code of the layer with blocks of 64."""
+    torch.manual_seed(0)
+    model = Layer().eval()
+    config = padst.SparseConfig(structure="block:64", sparsity=0.75, permutation=permutation)
+    padst.sparsify(model, config, filter_fn=lambda site: True)
+    padst.harden(model)
+    return code_of_model(model, torch.zeros(images, 100, 256))
+
+
 KINDS = ("float32-static", "bfloat16-static", "float32-dynamic")
 
 
@@ -172,6 +211,7 @@ def main(names: list[str]) -> None:
 
                 code = code_of(function, fakes, dynamic=size == "dynamic")
                 found[f"{name}-{kind}"] = code
+        found |= {key: model_code(*model) for key, model in MODELS.items() if not names}
     print(json.dumps(found))
 
 

@@ -67,3 +67,21 @@ def test_it_computes_what_the_reference_does(generated: dict[str, str], key: str
     bound = {torch.float32: 5e-6, torch.bfloat16: 2**-6}[dtype]
     assert got.dtype is dtype and got.shape == expected.shape
     assert float((got.double() - expected).abs().max()) <= bound * float(expected.abs().max())
+
+
+@pytest.mark.xdist_group("generated-on-gpu")
+def test_maps_move_where_data_move_anyway(generated: dict[str, str]) -> None:
+    """Many tokens: the norm, attention and the residual sum read in another order."""
+    without, with_maps = (generated[f"{kind}-64"] for kind in ("none", "random"))
+    templates = [name for name in kernels_of(with_maps) if name.startswith("triton_tem")]
+    assert len(templates) == 3  # two layers are one kernel
+    # What follows the last layer was part of it: the residual sum now reads through the map.
+    assert len(kernels_of(with_maps)) <= len(kernels_of(without)) + 1
+    assert "FROM" not in with_maps and "INTO" not in with_maps
+
+
+@pytest.mark.xdist_group("generated-on-gpu")
+def test_few_numbers_are_moved_by_the_kernels_that_store_them(generated: dict[str, str]) -> None:
+    without, with_maps = (generated[f"{kind}-1"] for kind in ("none", "random"))
+    assert len(kernels_of(with_maps)) == len(kernels_of(without))
+    assert "arg_INTO" in with_maps
