@@ -89,8 +89,7 @@ class Case:
     def source(self, precision: str) -> str:
         """Return the text that ``triton_text.launch`` would run."""
         values = {**self.how.values, "INDEX_DTYPE": "tl.int32", "DOT": TYPES[self.inputs["X"][1]]}
-        if "PRECISION" in values:
-            values["PRECISION"] = repr(precision)
+        values["PRECISION"] = repr(precision)
         sizes = {name: size for name, (size, _) in self.inputs.items()}
         return written(self.kernel, sizes, self.width, values, bias=self.bias)
 

@@ -82,7 +82,7 @@ def _gathered(
 ) -> Any:
     if not takes(x, values, indices, values.get_size()):
         return None
-    sizes, (outputs,) = inductor.numbers(values.get_size()), inductor.numbers([out])
+    sizes, (outputs,) = _sizes(values), inductor.numbers([out])
     how = triton_sums.gathered_sums(sizes, width(x, in_map), tokens(x))
     given = {"W": values, "INDICES": indices}
     return mapped(triton_sums.GATHERED, x, given, outputs, [how], in_map, into)
@@ -93,7 +93,7 @@ def _gathered_dx(
 ) -> Any:
     if not takes(grad, values, indices, values.get_size()):
         return None
-    sizes, (features,) = inductor.numbers(values.get_size()), inductor.numbers([inputs])
+    sizes, (features,) = _sizes(values), inductor.numbers([inputs])
     columns = indices if len(sizes) == 2 else triton.shifted(indices, features // sizes[1])
     order, starts = triton.sorted_places(columns, features)
     how = triton_sums.listed_sums(sizes, features, tokens(grad))
@@ -104,7 +104,7 @@ def _gathered_dx(
 def _gathered_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     if not takes(grad, x, indices, indices.get_size()):
         return None
-    sizes = inductor.numbers(indices.get_size())
+    sizes = _sizes(indices)
     how = triton_sums.gathered_gradient(sizes, width(x), tokens(x))
     y = gradient(triton_sums.GATHERED_DW, grad, x, indices, how, [sizes[0], math.prod(sizes[1:])])
     return inductor.view(y, [*sizes, *unit])
@@ -127,7 +127,7 @@ def _diagonals(
 ) -> Any:
     if not takes(x, values, indices, values.get_size()):
         return None
-    sizes, (outputs,) = inductor.numbers(values.get_size()), inductor.numbers([out])
+    sizes, (outputs,) = _sizes(values), inductor.numbers([out])
     how = triton_sums.diagonal_sums(sizes, width(x, in_map), outputs, tokens(x), dx=dx)
     given = {"W": values, "INDICES": indices}
     return mapped(triton_sums.DIAGONAL, x, given, outputs, [how], in_map, into)
@@ -136,9 +136,13 @@ def _diagonals(
 def _diagonal_dw(grad: Any, x: Any, indices: Any, unit: Sequence[Any]) -> Any:
     if not takes(grad, x, indices, [*indices.get_size(), *unit]):
         return None
-    sizes = inductor.numbers([*indices.get_size(), *unit])
+    sizes = (*_sizes(indices), *inductor.numbers(unit))
     how = triton_sums.diagonal_gradient(sizes, width(x), width(grad), tokens(x))
-    return gradient(triton_sums.DIAGONAL_DW, grad, x, indices, how, sizes)
+    return gradient(triton_sums.DIAGONAL_DW, grad, x, indices, how, list(sizes))
+
+
+def _sizes(x: Any) -> tuple[int, ...]:
+    return tuple(inductor.numbers(x.get_size()))
 
 
 LOWERINGS: dict[torch._ops.OpOverload, Lowering] = {}

@@ -16,6 +16,7 @@ Sums are fp32. ``ALIGNED`` inputs lie side by side in a block and in a tile, whi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,6 @@ __all__ = [
     "gradient",
     "linear",
     "power",
-    "precision",
     "sizes_of",
     "sums",
     "variants",
@@ -152,12 +152,6 @@ def power(number: int) -> int:
     return 1 << (max(1, number) - 1).bit_length()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Return how numbers are multiplied: those of fp32 as in dense products of torch."""
-    fast = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return repr("tf32" if fast else "ieee")
-
-
 def tiles(groups: int, wide: int, inner: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the tiles of products ``(rows, inner) @ (inner, wide)``, one for each group.
 
@@ -168,9 +162,10 @@ def tiles(groups: int, wide: int, inner: int, rows: int, dtype: torch.dtype) -> 
     m = min(128 if n <= 64 else 64, max(16, power(rows)))
     k = min(64 if dtype.itemsize == 2 else 32, max(16, power(inner)))
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PARTS": -(-wide // n), "WIDE": wide}
-    return {**sizes, "TILES": groups * sizes["PARTS"], "PRECISION": precision(dtype)}
+    return {**sizes, "TILES": groups * sizes["PARTS"]}
 
 
+@functools.lru_cache(maxsize=4096)
 def sums(
     values: Sizes,
     groups: int,

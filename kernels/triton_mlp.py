@@ -14,6 +14,7 @@ between the layers are constants of it. Where ``fits`` says no, two kernels run 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,6 @@ from padst_compiler.kernels.triton_block import (
     TILE,
     Sizes,
     power,
-    precision,
     sizes_of,
 )
 from padst_compiler.triton_text import Kernel, Launch, mapped
@@ -126,6 +126,7 @@ def tiles(
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_H": h}
 
 
+@functools.lru_cache(maxsize=4096)
 def programs(
     first: Sizes,
     second: Sizes,
@@ -163,7 +164,7 @@ def programs(
     ahead = 2 * dtype.itemsize * (steps * k * (m + h) + h * n)
     blocks = {"C1": c1, "KEPT1": kept1, "C2": c2, "KEPT2": kept2, "WIDE": r2, "PARTS": parts}
     blocks |= {"TILES": rows * parts, "ALIGNED": min(c1 & -c1, k)}
-    text: dict[str, Any] = {"ACTIVATION": repr(activation), "PRECISION": precision(dtype)}
+    text: dict[str, Any] = {"ACTIVATION": repr(activation)}
     text |= {"BIASED": biased, "UNROLLED": ahead <= SHARED}
     wide = max(h, n)
     many = (m, wide) == (128, 64) if dtype.itemsize == 2 else m * wide == 2048

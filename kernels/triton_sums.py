@@ -1,23 +1,20 @@
 """Element kernels in Triton: fan-in, N:M and diagonals for few tokens, every weight read once.
 
 A program holds a tile of tokens, outputs and terms; a term is a weight times the one number of
-``x`` that it reads. No matrix unit helps where no two outputs read the same inputs, so all of this
-is for few tokens, where what costs is to read the weights. For many a dense product is faster.
-Fan-in is N:M of one group as wide as the layer, so both are one text.
+``x`` that it reads. What costs is to read the weights: no matrix unit helps where no two outputs
+read the same inputs, so for many tokens a dense product is faster. Sums are fp32.
 
 ===========  =======================================================================================
-linear       outputs and the terms of each; of diagonals the outputs lie side by side in memory
-dx           fan-in, N:M: the weights of every column, listed by ``by_column``; diagonals: their
-             linear with the sides swapped
+linear       outputs and the terms of each; fan-in is N:M of one group as wide as the layer
+dx           fan-in, N:M: the weights of every column, listed by ``by_column``; of diagonals linear
 dw           a tile of weights over tokens: ``SPLIT`` parts of them are summed apart and then
              together, in one order, so that results repeat
 ===========  =======================================================================================
-
-Products and sums are fp32. The same texts are Inductor's templates and eager launches.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -182,18 +179,21 @@ def sums(outputs: int, terms: int, tokens: int, more: Mapping[str, Any], side: i
     return Launch({**sizes, "AXIS": 2 if side == 1 else 1, **more}, tiles=sizes["TILES"])
 
 
+@functools.lru_cache(maxsize=4096)
 def gathered_sums(values: Sequence[int], inputs: int, tokens: int) -> Launch:
     """Return the programs of ``GATHERED``, for values ``(o, k)`` or ``(o, i/m, n)``."""
     kept = math.prod(values[1:])
     return sums(values[0], kept, tokens, {"KEPT": kept, **groups(values, inputs)})
 
 
+@functools.lru_cache(maxsize=4096)
 def listed_sums(values: Sequence[int], inputs: int, tokens: int) -> Launch:
     """Return the programs of ``LISTED``, for values ``(o, k)`` or ``(o, i/m, n)``."""
     kept = math.prod(values[1:])
     return sums(inputs, values[0] * kept // inputs, tokens, {"KEPT": kept})
 
 
+@functools.lru_cache(maxsize=4096)
 def diagonal_sums(
     values: Sequence[int], inputs: int, outputs: int, tokens: int, *, dx: bool = False
 ) -> Launch:
@@ -219,11 +219,13 @@ def gradients(rows: int, wide: int, tokens: int, more: Mapping[str, Any]) -> Lau
     return Launch({**sizes, **more}, programs=programs * split)
 
 
+@functools.lru_cache(maxsize=4096)
 def gathered_gradient(values: Sequence[int], inputs: int, tokens: int) -> Launch:
     """Return the programs of ``GATHERED_DW``, for values ``(o, k)`` or ``(o, i/m, n)``."""
     return gradients(values[0], math.prod(values[1:]), tokens, groups(values, inputs))
 
 
+@functools.lru_cache(maxsize=4096)
 def diagonal_gradient(values: Sequence[int], inputs: int, outputs: int, tokens: int) -> Launch:
     """Return the programs of ``DIAGONAL_DW``, for values ``(1, K, n)``."""
     sides = {"AROUND": max(inputs, outputs), "WRAPS": outputs < inputs}

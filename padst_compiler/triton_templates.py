@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from padst_compiler import cpp_templates as inductor
-from padst_compiler.triton_text import TYPES, Kernel, Launch, template_of
+from padst_compiler.triton_text import Kernel, Launch, numbers, template_of
 
 __all__ = ["about", "is_available", "is_tuned", "run", "shifted", "sorted_places", "total"]
 
@@ -60,7 +60,7 @@ def run(
         by_strides = f'load_input("{name}"' in kernel.body
         real.append(x if by_strides else inductor.contiguous(x))
     layout = ir.FixedLayout(real[0].get_device(), dtype, list(sizes))
-    dot = TYPES[real[0].get_dtype()]
+    multiplied = numbers(real[0].get_dtype())
     choices: list[Any] = []
     for how in ways if is_tuned() else ways[:1]:
         programs = 0 if how.tiles else how.programs
@@ -71,7 +71,7 @@ def run(
             num_warps=how.warps,
             num_stages=how.stages,
             **how.values,
-            DOT=dot,
+            **multiplied,
             PROGRAMS=programs,
         )
     result: Any = autotune_select_algorithm(kernel.name, choices, real, layout)

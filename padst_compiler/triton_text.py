@@ -82,7 +82,8 @@ class Launch:
     """How a kernel runs: its constants and a program's means.
 
     Attributes:
-        values: constants of the text; ``DOT`` and ``INDEX_DTYPE`` follow from inputs.
+        values: constants of the text, but those of ``numbers`` and ``INDEX_DTYPE``: they follow
+            from the inputs.
         tiles: programs for each ``BLOCK_M`` rows of the output; None where ``programs`` are all.
         programs: all of them, where rows have no say.
         warps: of a program.
@@ -123,18 +124,37 @@ def launch(
     """
     given = {name: inputs[name].contiguous() for name in kernel.inputs}
     x = given["X"]
-    sizes = {n: (None if n in TOKENS else t.shape[0], *t.shape[1:]) for n, t in given.items()}
+    sizes = tuple(
+        (n, (None if n in TOKENS else t.shape[0], *t.shape[1:])) for n, t in given.items()
+    )
     out = x.new_empty(shape, dtype=dtype)
     most = max(out.numel(), *(t.numel() for t in given.values()))
     values = {**how.values, "INDEX_DTYPE": "tl.int32" if most < 2**31 else "tl.int64"}
-    values["DOT"] = "tl.float32" if is_interpreted() else TYPES[x.dtype]
-    source = written(kernel, sizes, shape[1], values, bias=bias is not None)
-    function, tokens = function_of(kernel.name, source), x.shape[0]
-    more = () if bias is None else (bias,)
+    values |= numbers(torch.float32 if is_interpreted() else x.dtype)
+    function = _function(kernel, sizes, shape[1], tuple(values.items()), bias is not None)
+    tokens, more = x.shape[0], () if bias is None else (bias,)
     if out.numel():
         run = function[(how.grid(shape[0]),)]
         run(*given.values(), *more, out, tokens, num_warps=how.warps, num_stages=how.stages)
     return out
+
+
+def numbers(dtype: torch.dtype) -> dict[str, str]:
+    """Return the constants that say how numbers are multiplied: fp32 as torch's dense products."""
+    fast = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"DOT": TYPES[dtype], "PRECISION": repr("tf32" if fast else "ieee")}
+
+
+@functools.lru_cache(maxsize=4096)
+def _function(
+    kernel: Kernel,
+    sizes: tuple[tuple[str, tuple[int | None, ...]], ...],
+    width: int,
+    values: tuple[tuple[str, Any], ...],
+    bias: bool,
+) -> Any:
+    """Return the Triton function of a launch; a text is written once."""
+    return function_of(kernel.name, written(kernel, dict(sizes), width, dict(values), bias=bias))
 
 
 def mapped(

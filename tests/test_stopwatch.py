@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from padst_compiler import compat, stopwatch
+from padst_compiler import compat, gpu_measure, stopwatch
 from padst_compiler.contest import Contest
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.kernels import CANDIDATES, install
@@ -63,7 +63,9 @@ class Bench:
         self.options.append(options)
         return graph.forward
 
-    def time(self, calls: Mapping[str, Any], live: Sequence[Tensor]) -> dict[str, Timing]:
+    def time(
+        self, calls: Mapping[str, Any], live: Sequence[Tensor], device: str
+    ) -> dict[str, Timing]:
         self.timed += 1
         return {name: Timing((self.seconds.get(name, 1.0),) * 3) for name in calls}
 
@@ -128,7 +130,7 @@ def calls(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def test_a_site_without_a_choice_or_on_another_device_is_left_out(bench: Bench) -> None:
-    others = [contest(), contest(way("a"), device="cuda"), contest(way("a"), device="meta")]
+    others = [contest(), contest(way("a"), device="meta")]
     assert watch(None).time(others) == {}
     assert watch(None).time([]) == {}
     assert bench.compiled == 0
@@ -320,7 +322,7 @@ def test_hot_and_cold_rounds_are_paired() -> None:
     log: list[str] = []
     live = torch.ones(3)
     calls = {name: lambda name=name: log.append(name) for name in "ab"}
-    times = stopwatch._times(calls, [live])
+    times = stopwatch._times(calls, [live], "cpu")
     assert set(times) == {"a", "b"}
     assert {len(time.rounds) for time in times.values()} == {9}
     assert log[-18:] == ["a", "b"] * 9  # the cold ones, in turn
@@ -352,3 +354,31 @@ def test_a_stopwatch_takes_the_place_of_timed_and_of_nothing_else() -> None:
     assert replace(made, kernels="timed") == Settings(kernels="timed", verify="strict")
     for other in (Settings(), Settings(kernels="dense"), Settings(kernels="timed", codegen="off")):
         assert with_stopwatch(other, {}) is other
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["captured", "not all captured"])
+def test_a_gpu_times_replays_and_calls_after_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    asked: list[tuple[str, bool, int]] = []
+
+    def in_graphs(calls: Mapping[str, Any], *, say: Any) -> dict[str, Timing]:
+        del say
+        asked.append(("graphs", False, 0))
+        return {name: Timing((1.0, 1.0)) for name in list(calls)[: None if whole else 1]}
+
+    def on_gpu(
+        calls: Mapping[str, Any], *, cold: bool = False, live: Sequence[Tensor] = ()
+    ) -> dict[str, Timing]:
+        asked.append(("events", cold, len(live)))
+        return {name: Timing((3.0, 3.0)) for name in calls}
+
+    monkeypatch.setattr(gpu_measure, "in_graphs", in_graphs)
+    monkeypatch.setattr(gpu_measure, "on_gpu", on_gpu)
+    live = [torch.zeros(1)]
+    times = stopwatch._times({"a": int, "dense": int}, live, "cuda")
+    assert {name: time.rounds for name, time in times.items()} == dict.fromkeys(
+        ("a", "dense"), (2.0, 2.0) if whole else (3.0, 3.0)
+    )
+    hot = [] if whole else [("events", False, 0)]
+    assert asked == [("graphs", False, 0), *hot, ("events", True, 1)]

@@ -2,6 +2,7 @@ import importlib.util
 import linecache
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
@@ -21,6 +22,15 @@ from padst_compiler.triton_text import (
     template_of,
     written,
 )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept() -> Iterator[None]:
+    """Let no test launch what another put in the place of a compiled function."""
+    triton_text._function.cache_clear()
+    yield
+    triton_text._function.cache_clear()
+
 
 BODY = """
     M = {{size("X", 0)}}
@@ -186,11 +196,21 @@ def test_products_are_of_the_type_of_the_inputs_but_in_the_interpreter(
     x, w = (torch.empty(n, device="meta", dtype=dtype) for n in ((3, 6), (6,)))
     for interpreted in (False, True):
         monkeypatch.setattr(triton_text, "is_interpreted", lambda: interpreted)  # noqa: B023
+        triton_text._function.cache_clear()
         y = launch(SCALED, {"X": x, "W": w}, (3, 6), Launch(PLAIN, tiles=2))
         kind = "tl.float32" if interpreted else triton_text.TYPES[dtype]
         assert f"DOT: tl.constexpr = {kind}\n" in sources.pop() and y.dtype is dtype
     y = launch(SCALED, {"X": x, "W": w}, (3, 6), Launch(PLAIN, tiles=2), dtype=torch.float32)
     assert y.dtype is torch.float32
+
+
+@NEEDED
+def test_a_text_is_written_once_for_any_number_of_tokens(sources: list[str]) -> None:
+    w = torch.empty(6, device="meta")
+    for tokens in (3, 3, 5):
+        x = torch.empty(tokens, 6, device="meta")
+        launch(SCALED, {"X": x, "W": w}, (tokens, 6), Launch(PLAIN, tiles=2))
+    assert len(sources) == 1
 
 
 @NEEDED
@@ -309,3 +329,17 @@ def test_without_triton_there_is_no_function(monkeypatch: pytest.MonkeyPatch) ->
         function_of("never", source)
     with pytest.raises(ImportError, match="triton"):
         is_interpreted()
+
+
+def test_fp32_is_multiplied_as_in_dense_products() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    try:
+        for fast in (False, True):
+            settings.allow_tf32 = fast
+            found = triton_text.numbers(torch.float32)["PRECISION"]
+            assert found == ("'tf32'" if fast else "'ieee'")
+            found = triton_text.numbers(torch.bfloat16)["PRECISION"]
+            assert found == "'ieee'"
+    finally:
+        settings.allow_tf32 = before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -346,20 +345,3 @@ def test_tiles_cover_what_they_must(structure: Block, tokens: int, dtype: torch.
     assert v["CHUNKS"] * v["BLOCK_M"] >= 3 * c and v["PARTS"] * v["BLOCK_N"] >= r
     assert how.programs == v["SPLIT"] * v["TILES"] == v["SPLIT"] * 12 * v["PARTS"] * v["CHUNKS"]
     assert (v["INPUTS"], v["OUTPUTS"]) == (9 * c, 12 * r)
-
-
-@pytest.fixture
-def cublas() -> Iterator[Any]:
-    """Return the settings of dense products, which are put back."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    yield torch.backends.cuda.matmul
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def test_fp32_is_multiplied_as_in_dense_products(cublas: Any) -> None:
-    for fast in (False, True):
-        cublas.allow_tf32 = fast
-        for dtype in TOLERANCE:
-            how = sums((3, 2, 16, 16), 3, 16, 64, dtype)
-            expected = "'tf32'" if fast and dtype is torch.float32 else "'ieee'"
-            assert how.values["PRECISION"] == expected
