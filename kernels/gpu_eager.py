@@ -66,6 +66,8 @@ def _is_cheaper(op: torch._ops.OpOverload, given: tuple[Any, ...], tf32: bool) -
         tf32: what dense products of fp32 are allowed, which costs depend on.
     """
     del tf32
+    if given[0][1] is not given[1][1]:
+        return False  # numbers of two types are an error of torch's to raise
     is_tensor = [isinstance(a, tuple) and a[1:] and isinstance(a[1], torch.dtype) for a in given]
     arguments = [
         torch.empty(a[0], dtype=a[1], device="meta") if known else a

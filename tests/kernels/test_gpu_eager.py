@@ -76,3 +76,9 @@ def test_what_no_kernel_multiplies_runs_dense() -> None:
     x = torch.randn(3, 64, dtype=torch.float64)
     y = on_gpu(LINEAR["block"], x, values, indices, None, 96)
     torch.testing.assert_close(y, x @ dense.t())
+
+
+def test_numbers_of_two_types_are_refused_as_torch_refuses_them() -> None:
+    values, indices, _ = weights(Block(16), SHAPE, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        on_gpu(LINEAR["block"], torch.randn(3, 64), values, indices, None, 96)
