@@ -1,6 +1,6 @@
 """What Triton's compiler makes of every kernel: registers, spills, shared memory, matrix units.
 
-    python benchmarks/registers.py [--arch 90 80] [--kernel NAME] [--quick] [--json]
+    python benchmarks/registers.py [--arch 90 80] [--kernel NAME] [--quick] [--tuned] [--json]
 
 No GPU is needed: kernels are compiled ahead of time, in every tile that typical layers get, and
 what ptxas used is read back. Equal kernels are compiled and printed once, under their first layer.
@@ -334,11 +334,22 @@ def row(cuobjdump: Path, arch: int, setting: Setting, structure: Structure, case
     )
 
 
-def rows(archs: Iterable[int], quick: bool, name: str) -> list[Row]:
+def ways(case: Case) -> list[Case]:
+    """Return the case with all programs that Inductor times under ``max-autotune``."""
+    if case.kernel.body not in (triton_block.LINEAR.body, triton_block.DX.body):
+        return [case]
+    dtype = case.inputs["X"][1]
+    return [replace(case, how=how) for how in triton_block.variants(case.how, dtype)]
+
+
+def rows(archs: Iterable[int], quick: bool, name: str, tuned: bool = False) -> list[Row]:
     """Return the rows of all cases of a name; of equal kernels, that of the first."""
     cuobjdump = disassembler()
     distinct: dict[tuple[Any, ...], tuple[Setting, Structure, Case]] = {}
-    for setting, structure, case in cases(quick):
+    every = (
+        (s, t, one) for s, t, case in cases(quick) for one in (ways(case) if tuned else [case])
+    )
+    for setting, structure, case in every:
         source = case.source(NUMBERS[setting.numbers][1])
         key = (source, *case.signature().values(), case.how.warps, case.how.stages)
         if name in case.kernel.name:
@@ -373,10 +384,11 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=[90, 80], help="such as 90 80 100")
     parser.add_argument("--kernel", default="", help="only those with this in their names")
     parser.add_argument("--quick", action="store_true", help="the heaviest of each kernel")
+    parser.add_argument("--tuned", action="store_true", help="what max-autotune times, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     try:
-        found = rows(args.arch, args.quick, args.kernel)
+        found = rows(args.arch, args.quick, args.kernel, args.tuned)
     except RuntimeError as error:
         sys.exit(str(error))
     if args.json:

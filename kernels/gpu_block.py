@@ -69,7 +69,7 @@ def _linear(
     about = tokens(x), x.get_dtype()
     how = triton_block.sums(sizes, rows, c, *about, gathered=in_map is not None)
     given = {"W": values, "INDICES": indices}
-    ways = triton_block.variants(how)
+    ways = triton_block.variants(how, x.get_dtype())
     return mapped(triton_block.LINEAR, x, given, rows * r, ways, in_map, into)
 
 
@@ -85,7 +85,7 @@ def _dx(
     about = tokens(grad), grad.get_dtype()
     how = triton_block.sums(sizes, columns, sizes[3], *about, gathered=in_map is not None)
     given = {"W": values, "ORDER": order, "STARTS": starts}
-    ways = triton_block.variants(how)
+    ways = triton_block.variants(how, grad.get_dtype())
     return mapped(triton_block.DX, grad, given, features, ways, in_map, into)
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from padst_compiler.formulation import Formulation
 from padst_compiler.geometry import geometry_of
-from padst_compiler.kernels import gpu_block, gpu_sums, triton_block, triton_sums
+from padst_compiler.kernel_ops import BLOCK_MLP
+from padst_compiler.kernels import gpu_block, gpu_sums, triton_block, triton_mlp, triton_sums
 from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
 
-__all__ = ["LAUNCHES", "run"]
+__all__ = ["LAUNCHES", "launch", "run"]
 
 LAUNCHES: dict[torch._ops.OpOverload, tuple[Formulation, Callable[..., Tensor]]] = {
     LINEAR["block"]: (gpu_block.LINEAR_FORM, triton_block.linear),
@@ -34,6 +35,7 @@ LAUNCHES: dict[torch._ops.OpOverload, tuple[Formulation, Callable[..., Tensor]]]
 }
 """Of an operator: what its kernel is predicted to cost, and what launches it."""
 
+_MAPPED = {BLOCK_MLP: triton_mlp.mlp, **{op: call for op, (_, call) in LAUNCHES.items()}}
 _DENSE: dict[torch._ops.OpOverload, Formulation] = {
     op: form
     for kind in STRUCTURES
@@ -41,6 +43,16 @@ _DENSE: dict[torch._ops.OpOverload, Formulation] = {
         (LINEAR[kind.name], LINEAR_DX[kind.name], LINEAR_DW[kind.name]), dense(kind), strict=True
     )
 }
+
+
+def launch(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    """Launch the kernel of an operator, whether or not another way is predicted to be faster.
+
+    Args:
+        op: one of ``LAUNCHES``, or ``padst::block_mlp``.
+        args: its own; all but gradients of weights take ``in_map`` and ``into`` behind them.
+    """
+    return _MAPPED[op](*args)
 
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:

@@ -17,6 +17,7 @@ Sums are fp32. ``ALIGNED`` inputs lie side by side in a block and in a tile, whi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -199,6 +200,8 @@ def gradient(values: Sizes, tokens: int, inputs: int, dtype: torch.dtype) -> Lau
     """Return the programs of ``DW``: tokens are split until there are enough programs."""
     groups, kept, c, r = values
     shared = tiles(groups, r, tokens, kept * c, dtype)
+    if dtype is torch.float32:  # more spill, on sm_80
+        shared["BLOCK_M"] = min(64, shared["BLOCK_M"])
     chunks = -(-kept * c // shared["BLOCK_M"])
     programs = shared["TILES"] * chunks
     split = max(1, min(PROGRAMS // programs, -(-tokens // (4 * shared["BLOCK_K"]))))
@@ -218,15 +221,20 @@ def warps(values: Mapping[str, Any]) -> int:
     return 8 if values["BLOCK_M"] * values["BLOCK_N"] >= 4096 else 4
 
 
-def variants(how: Launch) -> list[Launch]:
-    """Return the programs, and what Inductor times against them where it tunes."""
-    most = {key: int(how.values[key]) for key in ("BLOCK_M", "BLOCK_K")}
+def variants(how: Launch, dtype: torch.dtype) -> list[Launch]:
+    """Return the programs, and what Inductor times against them where it tunes.
+
+    Wider tiles of fp32 spill.
+    """
+    m, k = int(how.values["BLOCK_M"]), int(how.values["BLOCK_K"])
+    half = dtype.itemsize == 2
+    rows = [r for r in (32, 64, 128, 256) if half or r <= 128] if m >= 64 else [m]
+    steps = [32, 64] if half and k >= 32 else [k]
     tried = [how]
-    for m in (32, 64, 128, 256) if most["BLOCK_M"] >= 64 else (most["BLOCK_M"],):
-        for k in {32, 64} if most["BLOCK_K"] >= 32 else {most["BLOCK_K"]}:
-            aligned = min(int(how.values["ALIGNED"]), k)
-            values = {**how.values, "BLOCK_M": m, "BLOCK_K": k, "ALIGNED": aligned}
-            tried += [replace(how, values=values, warps=warps(values), stages=s) for s in (3, 4)]
+    for m, k in itertools.product(rows, steps):
+        aligned = min(int(how.values["ALIGNED"]), k)
+        values = {**how.values, "BLOCK_M": m, "BLOCK_K": k, "ALIGNED": aligned}
+        tried += [replace(how, values=values, warps=warps(values), stages=s) for s in (3, 4)]
     return [one for at, one in enumerate(tried) if one not in tried[:at]]
 
 

@@ -27,7 +27,7 @@ from padst_compiler.fold import Folded, fold
 from padst_compiler.frozen import Split, outline, split
 from padst_compiler.frozen_call import FrozenCall
 from padst_compiler.inputs import bind
-from padst_compiler.kernels import CANDIDATES, DENSE, PLAIN, PORTABLE, install, on_gpu
+from padst_compiler.kernels import CANDIDATES, DENSE, PLAIN, PORTABLE, gpu_eager, install
 from padst_compiler.layers import sparse_layers
 from padst_compiler.passes import KeepStrides, inference_passes, training_passes
 from padst_compiler.passes.keep_whole import KeepWhole
@@ -38,7 +38,7 @@ from padst_compiler.settings import Settings
 from padst_compiler.stopwatch import with_stopwatch
 from padst_compiler.verify import MismatchError
 
-__all__ = ["Settings", "export_onnx", "fold_dynamo", "on_gpu", "padst", "prepare"]
+__all__ = ["Settings", "export_onnx", "fold_dynamo", "gpu_eager", "padst", "prepare"]
 
 log = logging.getLogger(__name__)
 assert recorder  # its operators must exist when a cached graph is loaded

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from padst_compiler import bench_cli
+
 __all__ = ["main"]
 
 _MODEL = """\
@@ -21,16 +23,20 @@ returns a model, or a model and example inputs (a tensor, a tuple of tensors or 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 2 refused with a reason on stderr."""
+    """Run one command; return the exit status.
+
+    0 is done; 1 done, and something computes wrong numbers; 2 refused with a reason on stderr.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
-    command: Callable[[argparse.Namespace], str] = options.command
+    command: Callable[[argparse.Namespace], object] = options.command
     try:
-        print(command(options))
+        result = command(options)
+        print(result)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         print(f"padst: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if getattr(result, "right", True) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], str], text: str, example: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], object], text: str, example: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -94,31 +100,9 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "time a model: dense against sparse, both compiled, side by side"
-    example = (
-        "padst bench my_models.py:MODEL --structure block:32 --sparsity 0.9\n"
-        "    padst bench cpu --tokens 1 197 --csv layers.csv     (single layers, every peer)\n"
-        "    padst bench cpu --models vit_b16 --batches 1 8      (whole models)"
-    )
-    parser = _command(commands, "bench", _bench, text, example)
+    parser = _command(commands, "bench", _bench, bench_cli.TEXT, bench_cli.EXAMPLE)
     _add_sparsity(parser)
-    parser.add_argument("--rounds", type=int, default=11, help="paired rounds (default 11)")
-    grid = parser.add_argument_group("bench cpu")
-    grid.add_argument("--layers", nargs="*", default=["768-3072"], help="default 768-3072")
-    grid.add_argument("--structures", nargs="*", help="default: all")
-    grid.add_argument("--sparsities", nargs="*", type=float, default=[0.9], help="default 0.9")
-    grid.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 197, 1576])
-    grid.add_argument("--threads", nargs="*", type=int, help="default: 1 and all")
-    grid.add_argument("--cold", action="store_true", help="cold weights as well")
-    types = ("fp32", "bf16", "fp16")
-    grid.add_argument("--dtypes", nargs="*", default=["fp32"], choices=types)
-    grid.add_argument("--dense-peers", action="store_true", help="leave out CSR, BSR, scipy")
-    grid.add_argument("--models", nargs="*", help="instead: vit_b16, gpt2, vit_b16:LAYERS")
-    grid.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="of models")
-    grid.add_argument("--train", action="store_true", help="forward and backward as well")
-    grid.add_argument("--full", action="store_true", help="all layers, sparsities, tokens: hours")
-    grid.add_argument("--csv", type=Path, help="write the rows here, as they come")
-    grid.add_argument("--plot", type=Path, help="draw the ratios here ([plot])")
+    bench_cli.add_arguments(parser)
 
 
 def _add_explain(commands: Any) -> None:
@@ -182,50 +166,13 @@ def _sparse(options: argparse.Namespace) -> tuple[Any, Any]:
     return harden(model).eval(), inputs
 
 
-def _bench(options: argparse.Namespace) -> str:
-    if options.model == "cpu":
-        return _bench_cpu(options)
+def _bench(options: argparse.Namespace) -> object:
+    if options.model in bench_cli.DEVICES:
+        return bench_cli.DEVICES[options.model](options)
     from padst_compiler.benchmark import compare_with_dense
 
     model, inputs = _sparse(options)
-    return compare_with_dense(model, inputs, rounds=options.rounds)
-
-
-def _bench_cpu(options: argparse.Namespace) -> str:
-    import torch
-
-    from padst_compiler import layer_benchmark, model_benchmark
-
-    before, every = torch.get_num_threads(), options.full
-    cores = options.threads or sorted({1, before})
-    modes = (False, True) if options.train else (False,)
-    bench: Any = layer_benchmark if options.models is None else model_benchmark
-    if bench is model_benchmark:
-        names, kinds = options.models or ["vit_b16", "gpt2"], options.structures or ["block:32"]
-        selected = bench.cases(names, kinds, options.sparsities, options.batches, cores, modes)
-    else:
-        pairs = [text.split("-") for text in options.layers]
-        layers = [(int(inputs), int(outputs)) for inputs, outputs in pairs]
-        selected = bench.cases(
-            bench.LAYERS if every else layers,
-            options.structures or bench.STRUCTURES,
-            bench.SPARSITIES if every else options.sparsities,
-            bench.TOKENS if every else options.tokens,
-            cores,
-            cold=(False, True) if every or options.cold else (False,),
-            dtypes=options.dtypes,
-            train=modes,
-            others=not options.dense_peers,
-            permutation="random" if options.permutation == "learned" else options.permutation,
-        )
-    try:
-        return str(
-            bench.report(
-                list(selected), rounds=options.rounds, path=options.csv, picture=options.plot
-            )
-        )
-    finally:
-        torch.set_num_threads(before)
+    return compare_with_dense(model, inputs, rounds=options.rounds or 11)
 
 
 def _explain(options: argparse.Namespace) -> str:

@@ -138,7 +138,7 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
     def run(*args: Any) -> Tensor:
         backend = importlib.import_module("padst_compiler.backend")  # it stands above operators
         op = getattr(torch.ops.padst, name.removeprefix("padst::")).default
-        y: Tensor = backend.on_gpu(op, *args)
+        y: Tensor = backend.gpu_eager.run(op, *args)
         return y
 
     return run

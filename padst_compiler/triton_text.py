@@ -48,23 +48,18 @@ __all__ = [
     "written",
 ]
 
-TOKENS = ("X", "G")
-"""Inputs with a row for each token."""
+TOKENS = ("X", "G")  # inputs with a row for each token
 
 TYPES = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}
-"""What kernels take, by Triton's names. Products are of ``DOT``."""
 
 HEAD = "import triton\nimport triton.language as tl\n\n\n"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel of ours.
+    """A Triton kernel of ours: its name, the tensors that it reads, and what it does.
 
-    Attributes:
-        name: in generated code and in profiles.
-        inputs: names of the tensors that it reads.
-        body: what it does, indented by 4: Triton with Jinja's hooks; constants are known by name.
+    The body is indented by 4: Triton with Jinja's hooks, in which constants are known by name.
     """
 
     name: str
@@ -82,8 +77,7 @@ class Launch:
     """How a kernel runs: its constants and a program's means.
 
     Attributes:
-        values: constants of the text, but those of ``numbers`` and ``INDEX_DTYPE``: they follow
-            from the inputs.
+        values: constants of the text, but for those that follow from the inputs.
         tiles: programs for each ``BLOCK_M`` rows of the output; None where ``programs`` are all.
         programs: all of them, where rows have no say.
         warps: of a program.

@@ -92,7 +92,7 @@ def test_a_graph_holds_many_calls_and_is_timed_for_one() -> None:
     )
     assert times["a"].median == pytest.approx(0.001)
     counts = {entry for entry in gpu.log if entry.startswith("replayed")}
-    assert counts == {"replayed 10"} or counts == {"replayed 9"}
+    assert counts in ({"replayed 1", "replayed 10"}, {"replayed 1", "replayed 9"})
 
 
 def test_what_cannot_be_captured_is_said_and_left_out() -> None:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from padst_compiler.backend import on_gpu
-from padst_compiler.kernels import gpu_eager
+from padst_compiler.backend import gpu_eager
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure, unit_of
 
@@ -35,7 +34,7 @@ def test_either_way_computes_the_same(
 ) -> None:
     monkeypatch.setattr(gpu_eager, "_is_cheaper", lambda *given: cheaper)
     for op, args, expected in calls(structure):
-        got = on_gpu(op, *args)
+        got = gpu_eager.run(op, *args)
         assert got.is_contiguous() and got.shape == expected.shape
         assert float((got.double() - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
@@ -74,11 +73,11 @@ def test_every_kind_of_kernel_is_known_to_the_dispatcher() -> None:
 def test_what_no_kernel_multiplies_runs_dense() -> None:
     values, indices, dense = weights(Block(16), SHAPE, torch.float64)
     x = torch.randn(3, 64, dtype=torch.float64)
-    y = on_gpu(LINEAR["block"], x, values, indices, None, 96)
+    y = gpu_eager.run(LINEAR["block"], x, values, indices, None, 96)
     torch.testing.assert_close(y, x @ dense.t())
 
 
 def test_numbers_of_two_types_are_refused_as_torch_refuses_them() -> None:
     values, indices, _ = weights(Block(16), SHAPE, torch.bfloat16)
     with pytest.raises(RuntimeError, match="dtype"):
-        on_gpu(LINEAR["block"], torch.randn(3, 64), values, indices, None, 96)
+        gpu_eager.run(LINEAR["block"], torch.randn(3, 64), values, indices, None, 96)
