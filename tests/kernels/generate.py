@@ -1,7 +1,8 @@
 """Generate code for an H200 that is not there, in a process of its own.
 
 ``python -m tests.kernels.generate [CASE ...]`` prints JSON: the code of each case, static and with
-a symbolic number of tokens. Triton must not be in its interpreter here.
+a symbolic number of tokens, and what some of it takes when compiled. Triton must not be in its
+interpreter here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from padst_compiler.kernels import install
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 
+from .ahead import compiled
 from .fake_h200 import code_of, code_of_model, h200
+from .interpreted import kernels_of
 from .stored import weights
 
 TOKENS, INPUTS, OUTPUTS, SIDE = 21, 64, 96, 16
@@ -191,6 +194,12 @@ def model_code(permutation: str, images: int) -> str:
     return code_of_model(model, torch.zeros(images, 100, 256))
 
 
+AHEAD = [
+    f"{case}-bfloat16-static"
+    for case in ("epilogue", "three", "maps", "mlp", "dx", "dw", "fan_in", "nm", "diagonal")
+]
+"""What is compiled ahead of time as well."""
+
 KINDS = ("float32-static", "bfloat16-static", "float32-dynamic")
 
 
@@ -212,7 +221,13 @@ def main(names: list[str]) -> None:
                 code = code_of(function, fakes, dynamic=size == "dynamic")
                 found[f"{name}-{kind}"] = code
         found |= {key: model_code(*model) for key, model in MODELS.items() if not names}
-    print(json.dumps(found))
+    ahead = {
+        key: compiled(name, source)
+        for key in AHEAD
+        for name, source in kernels_of(found.get(key, "")).items()
+        if "_tem_" in name
+    }
+    print(json.dumps({"code": found, "ahead": ahead}))
 
 
 if __name__ == "__main__":

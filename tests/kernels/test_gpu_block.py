@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from padst_compiler.triton_text import is_interpreted
 
-from .generate import CASES, KINDS, given
+from .generate import AHEAD, CASES, KINDS, given
 from .interpreted import calls_of, kernels_of, run
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +28,19 @@ def interpretable(key: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     call = [sys.executable, "-m", "tests.kernels.generate"]
     made = subprocess.run(call, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert made.returncode == 0, made.stderr[-4000:]
-    codes: dict[str, str] = json.loads(made.stdout)
+    found: dict[str, Any] = json.loads(made.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def generated(answer: dict[str, Any]) -> dict[str, str]:
+    codes: dict[str, str] = answer["code"]
     return codes
 
 
@@ -85,3 +92,12 @@ def test_few_numbers_are_moved_by_the_kernels_that_store_them(generated: dict[st
     without, with_maps = (generated[f"{kind}-1"] for kind in ("none", "random"))
     assert len(kernels_of(with_maps)) == len(kernels_of(without))
     assert "arg_INTO" in with_maps
+
+
+@pytest.mark.xdist_group("generated-on-gpu")
+def test_what_is_generated_compiles_for_hopper_without_spills(answer: dict[str, Any]) -> None:
+    ahead = answer["ahead"]
+    assert set(ahead) == set(AHEAD)
+    for key, takes in ahead.items():
+        assert takes["stack"] == 0 and takes["shared"] <= 227 * 1024, (key, takes)
+    assert ahead["three-bfloat16-static"]["matrix"]  # 63 tokens are a tile of 64
