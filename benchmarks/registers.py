@@ -46,6 +46,8 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -159,6 +161,10 @@ def element(setting: Setting, structure: Structure) -> Iterator[Case]:
         how = triton_sums.gathered_sums(size, inputs, tokens)
         how_dx = triton_sums.listed_sums(size, inputs, tokens)
     yield mapped(Case(text, given, outputs, how, bias=not setting.maps), setting)
+    if not diagonal:  # indices of frozen weights
+        narrow = torch.uint8 if structure.name == "nm" else torch.int16
+        given = {**given, "INDICES": (table, narrow)}
+        yield mapped(Case(text, given, outputs, how, bias=not setting.maps), setting)
     yield mapped(Case(text_dx, turned, inputs, how_dx), setting)
     if not setting.maps:
         text = triton_sums.DIAGONAL_DW if diagonal else triton_sums.GATHERED_DW

@@ -14,14 +14,19 @@ from padst_compiler.triton_text import TYPES, Kernel, Launch
 
 __all__ = ["gradient", "lowered", "mapped", "rows", "takes", "tokens", "width"]
 
+INDICES = (torch.int32, torch.int16, torch.uint8)
+
 Lowering = Callable[..., Any]
 
 
 def takes(x: Any, other: Any, indices: Any, sizes: Sequence[Any]) -> bool:
-    """Whether kernels run on these: a GPU, one type of numbers, and weights of known sizes."""
+    """Whether kernels run on these: a GPU, one type of numbers, and weights of known sizes.
+
+    Indices may be narrow; kernels that add to them widen them first.
+    """
     dtype = x.get_dtype()
     fits = x.get_device().type == "cuda" and dtype in TYPES and other.get_dtype() is dtype
-    numbers = indices.get_dtype() is torch.int32 and inductor.are_numbers(sizes)
+    numbers = indices.get_dtype() in INDICES and inductor.are_numbers(sizes)
     return fits and numbers and triton.is_available()
 
 

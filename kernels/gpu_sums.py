@@ -29,8 +29,9 @@ from padst_compiler.kernels.gpu_lowering import (
     width,
 )
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
+from padst_compiler.structures import NM
 
-__all__ = ["DW_FORMS", "DX_FORMS", "LINEAR_FORMS", "LOWERINGS"]
+__all__ = ["DW_FORMS", "DX_FORMS", "LINEAR_FORMS", "LOWERINGS", "NARROW_FORMS"]
 
 NAMES = ("fan_in", "nm", "diagonal")
 
@@ -43,12 +44,13 @@ APART, ALONG = 3.0e12, 10.0e12
 SORTED = 10  # times that what is sorted is read and written
 
 
-def _sums(g: Geometry, *, lists: bool = False, more: int = 0) -> float | None:
+def _sums(g: Geometry, *, lists: bool = False, more: int = 0, index: float = 4.0) -> float | None:
+    """Return the cost of sums; ``index`` is the bytes of a weight's index."""
     if not (is_gpu(g) and triton.is_available()):
         return None
     diagonal = g.structure.name == "diagonal"
     numbers = g.tokens * (g.shape.in_features + g.shape.out_features) + g.nnz
-    moved = numbers * g.item + (0 if diagonal else 4.0 * g.nnz)
+    moved = numbers * g.item + (0.0 if diagonal else index * g.nnz)
     taken = seconds(2.0 * g.tokens * g.nnz, ALONG if diagonal else APART, moved)
     if lists and not diagonal:
         taken += seconds(0.0, 1.0, SORTED * 12.0 * g.nnz) + launches(4)
@@ -65,6 +67,31 @@ def _linear_form(name: str) -> Formulation:
     return Formulation("triton", linear, _sums)
 
 
+def _narrow(inputs: int, groups: int) -> torch.dtype | None:
+    """Return the narrowest type that holds the places of so many inputs in so many groups."""
+    most = inputs // groups
+    return torch.uint8 if most <= 2**8 else torch.int16 if most <= 2**15 else None
+
+
+def _narrow_form(name: str) -> Formulation:
+    """Return the way of frozen weights whose indices are read in fewer bytes: one token waits."""
+
+    def linear(
+        x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        kind = _narrow(x.shape[-1], math.prod(indices.shape[1:-1]))
+        y: Tensor = LINEAR[name](x, values, indices.to(kind), None, out_features)
+        return y if bias is None else y + bias
+
+    def cost(g: Geometry) -> float | None:
+        groups = g.shape.in_features // g.structure.m if isinstance(g.structure, NM) else 1
+        kind = _narrow(g.shape.in_features, groups)
+        return _sums(g, index=kind.itemsize) if g.frozen and kind else None
+
+    return Formulation("triton_narrow", linear, cost)
+
+
+NARROW_FORMS = {name: _narrow_form(name) for name in ("fan_in", "nm")}
 LINEAR_FORMS = {name: _linear_form(name) for name in NAMES}
 DX_FORMS = {
     name: Formulation("triton", LINEAR_DX[name], lambda g: _sums(g, lists=True)) for name in NAMES

@@ -77,7 +77,7 @@ GATHERED = Kernel(
 {LOOP}
         live = (n < WIDE) & (j < KEPT)
         place = n * KEPT + j
-        feature = tl.load(INDICES + place, mask=live, other=0)
+        feature = tl.load(INDICES + place, mask=live, other=0).to(tl.int32)
 {{%- if GROUPS > 1 %}}
         feature += j // (KEPT // GROUPS) * GROUP
 {{%- endif %}}

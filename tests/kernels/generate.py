@@ -61,6 +61,7 @@ def given(needs: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         if f"v.{name}" in needs or f"i.{name}" in needs:
             values, indices, dense = stored(name, dtype)
             made |= {f"v.{name}": values, f"i.{name}": indices, f"w.{name}": dense}
+            made["i.narrow"] = indices.to(torch.uint8)
     if "v.second" in needs:
         values, indices, dense = stored("block", dtype, TURNED)
         made |= {"v.second": values, "i.second": indices, "w.second": dense}
@@ -154,6 +155,11 @@ def _of(name: str) -> dict[str, Case]:
 
 for _name in ("fan_in", "nm", "diagonal"):
     CASES |= _of(_name)
+CASES["narrow"] = Case(
+    lambda x, v, i: LINEAR["nm"](x, v, i, None, OUTPUTS),
+    ("x", "v.nm", "i.narrow"),
+    lambda made: _dense(made, "nm"),
+)
 
 
 class Layer(nn.Module):
@@ -196,7 +202,18 @@ def model_code(permutation: str, images: int) -> str:
 
 AHEAD = [
     f"{case}-bfloat16-static"
-    for case in ("epilogue", "three", "maps", "mlp", "dx", "dw", "fan_in", "nm", "diagonal")
+    for case in (
+        "epilogue",
+        "three",
+        "maps",
+        "mlp",
+        "dx",
+        "dw",
+        "fan_in",
+        "nm",
+        "narrow",
+        "diagonal",
+    )
 ]
 """What is compiled ahead of time as well."""
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from padst_compiler.formulation import Formulation, Geometry
+from padst_compiler.kernels import triton_sums
 from padst_compiler.kernels.dense import dense
-from padst_compiler.kernels.gpu_sums import DW_FORMS, DX_FORMS, LINEAR_FORMS
+from padst_compiler.kernels.gpu_sums import DW_FORMS, DX_FORMS, LINEAR_FORMS, NARROW_FORMS
 from padst_compiler.structures import NM, Diagonal, FanIn, Shape, Structure
+
+from .stored import weights
 
 WIDE = Shape(11008, 4096)
 STRUCTURES: list[Structure] = [FanIn(), NM(16), Diagonal()]
@@ -50,3 +53,27 @@ def test_a_cpu_and_float64_have_none(structure: Structure) -> None:
         form, one = forms[structure.name], layer(structure, 1)
         assert form.cost(replace(one, device="cpu")) is None
         assert form.cost(replace(one, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("structure", [FanIn(), NM(16), NM(512, 64)], ids=str)
+def test_frozen_indices_are_read_in_fewer_bytes(structure: Structure) -> None:
+    form, plain = NARROW_FORMS[structure.name], LINEAR_FORMS[structure.name]
+    one = layer(structure, 1)
+    assert form.cost(one) is None  # narrowing in every call would read them all first
+    frozen = replace(one, frozen=True)
+    assert price(form, frozen) < price(plain, frozen)
+    wide = replace(frozen, shape=Shape(64, 2**16))
+    assert (form.cost(wide) is None) is (structure.name == "fan_in")
+
+
+@pytest.mark.parametrize("structure", [FanIn(), NM(16)], ids=str)
+@pytest.mark.parametrize("inputs", [128, 512])
+def test_narrow_indices_say_the_same(structure: Structure, inputs: int) -> None:
+    values, indices, weight = weights(structure, Shape(24, inputs))
+    x, bias = torch.randn(3, inputs), torch.randn(24)
+    expected = x.double() @ weight.t() + bias.double()
+    y = NARROW_FORMS[structure.name].run(x, values, indices, bias, 24)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    for kind in (torch.int16, *([torch.uint8] if inputs <= 256 or structure.name == "nm" else [])):
+        y = triton_sums.LINEAR[structure.name](x, values, indices.to(kind), bias, 24)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)

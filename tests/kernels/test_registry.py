@@ -10,10 +10,10 @@ OFFERED = {
     "block_linear": "micro_kernel bf16_pairs bf16_zipped triton bmm_token_major bmm_feature_major",
     "block_linear_dx": "micro_kernel bf16_pairs triton bmm_scatter",
     "block_linear_dw": "micro_kernel bf16_pairs triton bmm",
-    "nm_linear": "micro_kernel feature_kernel triton embedding_bag",
+    "nm_linear": "micro_kernel feature_kernel triton_narrow triton embedding_bag",
     "diagonal_linear": "micro_kernel triton embedding_bag",
     "diagonal_linear_dx": "micro_kernel triton",
-    "fan_in_linear": "micro_kernel feature_kernel triton embedding_bag",
+    "fan_in_linear": "micro_kernel feature_kernel triton_narrow triton embedding_bag",
     "nm_linear_dx": "feature_kernel triton",
     "nm_linear_dw": "micro_kernel feature_kernel triton",
     "fan_in_linear_dx": "feature_kernel triton",
@@ -32,7 +32,14 @@ def test_every_operator_has_the_formulations_that_were_timed_and_dense_last() ->
 
 
 def test_plain_ways_are_those_that_need_no_compiler() -> None:
-    made = {"micro_kernel", "feature_kernel", "bf16_pairs", "bf16_zipped", "triton"}
+    made = {
+        "micro_kernel",
+        "feature_kernel",
+        "bf16_pairs",
+        "bf16_zipped",
+        "triton",
+        "triton_narrow",
+    }
     for op, ways in CANDIDATES.items():
         plain = [way.name for way in PLAIN[op]]
         assert [way.name for way in ways if way.name not in made] == plain
