@@ -35,7 +35,7 @@ LAUNCHES: dict[torch._ops.OpOverload, tuple[Formulation, Callable[..., Tensor]]]
 }
 """Of an operator: what its kernel is predicted to cost, and what launches it."""
 
-_MAPPED = {BLOCK_MLP: triton_mlp.mlp, **{op: call for op, (_, call) in LAUNCHES.items()}}
+_KERNELS = {BLOCK_MLP: triton_mlp.mlp, **{op: call for op, (_, call) in LAUNCHES.items()}}
 _DENSE: dict[torch._ops.OpOverload, Formulation] = {
     op: form
     for kind in STRUCTURES
@@ -52,7 +52,7 @@ def launch(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         op: one of ``LAUNCHES``, or ``padst::block_mlp``.
         args: its own; all but gradients of weights take ``in_map`` and ``into`` behind them.
     """
-    return _MAPPED[op](*args)
+    return _KERNELS[op](*args)
 
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:

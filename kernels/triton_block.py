@@ -196,6 +196,7 @@ def sums(
     return Launch(shared | blocks, tiles=shared["TILES"], warps=warps(shared))
 
 
+@functools.lru_cache(maxsize=4096)
 def gradient(values: Sizes, tokens: int, inputs: int, dtype: torch.dtype) -> Launch:
     """Return the programs of ``DW``: tokens are split until there are enough programs."""
     groups, kept, c, r = values
