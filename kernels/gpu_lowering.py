@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,9 +72,7 @@ def gradient(kernel: Kernel, grad: Any, x: Any, indices: Any, how: Launch, sizes
     """Return the gradient of weights of these sizes; its parts are added in one order."""
     split, dtype = int(how.values["SPLIT"]), x.get_dtype()
     given = {"X": rows(x), "G": rows(grad), "INDICES": indices}
-    height = 1
-    for size in sizes[:-1]:
-        height *= size
+    height = math.prod(sizes[:-1])
     partial = torch.float32 if split > 1 else dtype
     parts = triton.run(kernel, given, (split * height, sizes[-1]), [how], partial)
     if split == 1:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,7 @@ __all__ = [
     "sizes_of",
     "sums",
     "variants",
+    "weights",
 ]
 
 Sizes = tuple[int, int, int, int]
@@ -296,9 +298,17 @@ def dx(
 def dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
     """Return the gradient of the kept blocks."""
     sizes = (*indices.shape, *unit)
+    how = gradient(sizes, x[..., 0].numel(), x.shape[-1], x.dtype)
+    return weights(DW, grad, x, indices, how, sizes)
+
+
+def weights(
+    kernel: Kernel, grad: Tensor, x: Tensor, indices: Tensor, how: Launch, sizes: Sequence[int]
+) -> Tensor:
+    """Return a gradient of weights of these sizes; its parts are added in one order."""
     flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    how = gradient(sizes, flat.shape[0], x.shape[-1], x.dtype)
-    split, (rows, kept, c, r) = how.values["SPLIT"], sizes
-    shape, dtype = (split * rows * kept * c, r), torch.float32 if split > 1 else x.dtype
-    parts = launch(DW, {"X": flat, "G": g, "INDICES": indices}, shape, how, dtype=dtype)
-    return parts.view(split, *sizes).sum(0).to(x.dtype)
+    split, rows = how.values["SPLIT"], math.prod(sizes[:-1])
+    dtype = torch.float32 if split > 1 else x.dtype
+    given = {"X": flat, "G": g, "INDICES": indices}
+    parts = launch(kernel, given, (split * rows, sizes[-1]), how, dtype=dtype)
+    return parts.view(split, *sizes).sum(0).to(x.dtype) if split > 1 else parts.view(*sizes)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padst_compiler.kernels.triton_block import by_column, power
-from padst_compiler.triton_text import Kernel, Launch, launch, mapped
+from padst_compiler.kernels.triton_block import by_column, power, weights
+from padst_compiler.triton_text import Kernel, Launch, mapped
 
 __all__ = ["DW", "DX", "LINEAR"]
 
@@ -278,7 +278,8 @@ def gathered_dx(
 def gathered_dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -> Tensor:
     """Return the gradient of the kept weights."""
     how = gathered_gradient(indices.shape, x.shape[-1], x[..., 0].numel())
-    return weights(GATHERED_DW, grad, x, indices, how).view(*indices.shape, *unit)
+    sizes = (indices.shape[0], math.prod(indices.shape[1:]))
+    return weights(GATHERED_DW, grad, x, indices, how, sizes).view(*indices.shape, *unit)
 
 
 def diagonal_linear(
@@ -318,17 +319,7 @@ def diagonal_dw(grad: Tensor, x: Tensor, indices: Tensor, unit: Sequence[int]) -
     """Return the gradient of the kept diagonals."""
     sizes = (*indices.shape, *unit)
     how = diagonal_gradient(sizes, x.shape[-1], grad.shape[-1], x[..., 0].numel())
-    return weights(DIAGONAL_DW, grad, x, indices, how).view(sizes)
-
-
-def weights(kernel: Kernel, grad: Tensor, x: Tensor, indices: Tensor, how: Launch) -> Tensor:
-    """Return the gradient of weights, ``(rows, wide)``: its parts are added in one order."""
-    flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    split, rows, wide = (how.values[size] for size in ("SPLIT", "ROWS", "WIDE"))
-    dtype = torch.float32 if split > 1 else x.dtype
-    given = {"X": flat, "G": g, "INDICES": indices}
-    parts = launch(kernel, given, (split * rows, wide), how, dtype=dtype)
-    return parts.view(split, rows, wide).sum(0).to(x.dtype) if split > 1 else parts
+    return weights(DIAGONAL_DW, grad, x, indices, how, sizes[1:]).view(sizes)
 
 
 def columns(indices: Tensor, in_features: int) -> Tensor:

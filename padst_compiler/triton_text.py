@@ -118,18 +118,17 @@ def launch(
     """
     given = {name: inputs[name].contiguous() for name in kernel.inputs}
     x = given["X"]
-    sizes = tuple(
-        (n, (None if n in TOKENS else t.shape[0], *t.shape[1:])) for n, t in given.items()
-    )
+    sizes = tuple((n, (None if n in TOKENS else len(t), *t.shape[1:])) for n, t in given.items())
     out = x.new_empty(shape, dtype=dtype)
     most = max(out.numel(), *(t.numel() for t in given.values()))
     values = {**how.values, "INDEX_DTYPE": "tl.int32" if most < 2**31 else "tl.int64"}
     values |= numbers(torch.float32 if is_interpreted() else x.dtype)
     function = _function(kernel, sizes, shape[1], tuple(values.items()), bias is not None)
-    tokens, more = x.shape[0], () if bias is None else (bias,)
+    given |= {} if bias is None else {"BIAS": bias}
     if out.numel():
         run = function[(how.grid(shape[0]),)]
-        run(*given.values(), *more, out, tokens, num_warps=how.warps, num_stages=how.stages)
+        with torch.cuda.device_of(x):  # Triton launches on the device that is current
+            run(*given.values(), out, x.shape[0], num_warps=how.warps, num_stages=how.stages)
     return out
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import linecache
 import sys
@@ -211,6 +212,22 @@ def test_a_text_is_written_once_for_any_number_of_tokens(sources: list[str]) -> 
         x = torch.empty(tokens, 6, device="meta")
         launch(SCALED, {"X": x, "W": w}, (tokens, 6), Launch(PLAIN, tiles=2))
     assert len(sources) == 1
+
+
+@NEEDED
+def test_a_kernel_is_launched_on_the_device_of_its_inputs(
+    sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+        seen.append(x)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x, w = torch.empty(3, 6, device="meta"), torch.empty(6, device="meta")
+    launch(SCALED, {"X": x, "W": w}, (3, 6), Launch(PLAIN, tiles=2))
+    assert len(sources) == 1 and seen == [x]
 
 
 @NEEDED
