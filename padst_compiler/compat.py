@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map_only
 from padst_compiler.static_inputs import told
 
 __all__ = ["CustomGraphPass", "compile_with_inductor", "composed", "force_strides"]
-__all__ += ["inductor_cache", "inductor_decompositions", "inductor_option_names", "is_module_state"]
-__all__ += ["many_graphs", "mode_options", "owner_name", "reset_inductor", "size_hint"]
+__all__ += ["inductor_cache", "inductor_decompositions", "inductor_defaults"]
+__all__ += ["inductor_option_names", "is_module_state", "many_graphs"]
+__all__ += ["mode_options", "owner_name", "reset_inductor", "size_hint"]
 __all__ += ["source_name", "trace_aten"]
 
 Callback = Callable[..., Any]
@@ -200,14 +201,23 @@ def inductor_cache() -> Path:
     return Path(cache_dir())
 
 
+def inductor_defaults() -> dict[str, Any]:
+    """Return the options that Inductor gets unless the user says otherwise.
+
+    Inductor of torch 2.11 puts nothing into a GPU template's stores that reads it through a view,
+    as a layer on ``(batch, tokens, features)`` does, while it reorders loops.
+    """
+    return {"loop_ordering_after_fusion": False} if torch.__version__ < "2.12" else {}
+
+
 def compile_with_inductor(
     graph_module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
 ) -> Callback:
     """Compile through ``compile_fx``, so that caches, autotuning, CUDA graphs and autograd work."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    inner = told(compile_fx_inner, examples)
-    compiled: Any = compile_fx(graph_module, list(examples), inner, config_patches=options)
+    inner, told_too = told(compile_fx_inner, examples), {**inductor_defaults(), **options}
+    compiled: Any = compile_fx(graph_module, list(examples), inner, config_patches=told_too)
     return cast("Callback", compiled)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch._inductor import config
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.torch_version import TorchVersion
 
 import padst_compiler.ops  # noqa: F401  (torch.ops.padst)
 from padst_compiler import compat
@@ -307,3 +308,27 @@ def test_forced_strides_are_those_asked_for() -> None:
     y = compat.force_strides()(x, [1, 3])
     assert y.stride() == (1, 3) and torch.equal(y, x)
     assert compat.force_strides()(x, [8, 1]) is not None and x.stride() == (8, 1)
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "names"), [("2.11.0", {"loop_ordering_after_fusion"}), ("2.12.0", set())]
+)
+def test_inductor_is_told_what_its_release_needs_and_the_user_has_the_last_word(
+    monkeypatch: pytest.MonkeyPatch, version: str, names: set[str]
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def compile_fx(*given: Any, config_patches: dict[str, Any]) -> None:
+        told.append(config_patches)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    module = compat.trace_aten(torch.relu, fake((2, 3)))
+    compat.compile_with_inductor(module, [], {})
+    compat.compile_with_inductor(module, [], {"loop_ordering_after_fusion": True})
+    assert set(told[0]) == names <= compat.inductor_option_names()
+    assert not any(told[0].values())
+    assert told[1] == {"loop_ordering_after_fusion": True}
