@@ -10,7 +10,7 @@ OFFERED = {
     "block_linear": "micro_kernel bf16_pairs bf16_zipped triton bmm_token_major bmm_feature_major",
     "block_linear_dx": "micro_kernel bf16_pairs triton bmm_scatter",
     "block_linear_dw": "micro_kernel bf16_pairs triton bmm",
-    "nm_linear": "micro_kernel feature_kernel triton_narrow triton embedding_bag",
+    "nm_linear": "micro_kernel feature_kernel semi_structured triton_narrow triton embedding_bag",
     "diagonal_linear": "micro_kernel triton embedding_bag",
     "diagonal_linear_dx": "micro_kernel triton",
     "fan_in_linear": "micro_kernel feature_kernel triton_narrow triton embedding_bag",
@@ -37,6 +37,7 @@ def test_plain_ways_are_those_that_need_no_compiler() -> None:
         "feature_kernel",
         "bf16_pairs",
         "bf16_zipped",
+        "semi_structured",
         "triton",
         "triton_narrow",
     }
