@@ -18,7 +18,14 @@ from torch import Tensor
 from padst_compiler.formulation import Formulation
 from padst_compiler.geometry import geometry_of
 from padst_compiler.kernel_ops import BLOCK_MLP
-from padst_compiler.kernels import gpu_block, gpu_sums, triton_block, triton_mlp, triton_sums
+from padst_compiler.kernels import (
+    gpu_block,
+    gpu_sums,
+    triton_block,
+    triton_expand,
+    triton_mlp,
+    triton_sums,
+)
 from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import STRUCTURES
@@ -30,6 +37,7 @@ LAUNCHES: dict[torch._ops.OpOverload, tuple[Formulation, Callable[..., Tensor]]]
     LINEAR_DX["block"]: (gpu_block.DX_FORM, triton_block.dx),
     LINEAR_DW["block"]: (gpu_block.DW_FORM, triton_block.dw),
     **{LINEAR[n]: (f, triton_sums.LINEAR[n]) for n, f in gpu_sums.LINEAR_FORMS.items()},
+    LINEAR["nm"]: (gpu_sums.LINEAR_FORMS["nm"], triton_expand.nm_linear),
     **{LINEAR_DX[n]: (f, triton_sums.DX[n]) for n, f in gpu_sums.DX_FORMS.items()},
     **{LINEAR_DW[n]: (f, triton_sums.DW[n]) for n, f in gpu_sums.DW_FORMS.items()},
 }

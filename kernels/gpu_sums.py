@@ -1,7 +1,7 @@
 """Element kernels on a GPU: what they are predicted to cost, and how Inductor lowers to them.
 
-The texts are those of ``triton_sums.py``. No matrix unit helps them: for many tokens a dense
-product is cheaper, and is chosen.
+The texts are those of ``triton_sums.py``, for few tokens, and for N:M with some tens of tokens
+that of ``triton_expand.py``. For more a dense product is cheaper, and is chosen.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from torch import Tensor
 from padst_compiler import cpp_templates as inductor
 from padst_compiler import triton_templates as triton
 from padst_compiler.formulation import Formulation, Geometry
-from padst_compiler.gpu_cost import is_gpu, launches, priced, seconds
+from padst_compiler.gpu_cost import (
+    ALONG,
+    APART,
+    expanded_seconds,
+    is_gpu,
+    launches,
+    priced,
+    seconds,
+)
 from padst_compiler.kernel_ops import INTO, MAPPED
-from padst_compiler.kernels import triton_sums
+from padst_compiler.kernels import triton_expand, triton_sums
 from padst_compiler.kernels.gpu_lowering import (
     Lowering,
     gradient,
@@ -38,9 +46,6 @@ NAMES = ("fan_in", "nm", "diagonal")
 
 # -- formulations ----------------------------------------------------------------------------------
 
-# Operations a second: each needs a number of x of its own from the L1 cache, and of what lies apart
-# a request brings few. Derived, not timed.
-APART, ALONG = 3.0e12, 10.0e12
 SORTED = 10  # times that what is sorted is read and written
 
 
@@ -57,6 +62,21 @@ def _sums(g: Geometry, *, lists: bool = False, more: int = 0, index: float = 4.0
     return priced(taken + launches(more))
 
 
+def _products(g: Geometry, *, index: float = 4.0) -> float | None:
+    """Return the cost of a forward pass: of N:M, of the cheaper of two kernels."""
+    cost = _sums(g, index=index)
+    if cost is None or not isinstance(g.structure, NM):
+        return cost
+    inputs, m = g.shape.in_features, g.structure.m
+    if not triton_expand.pays(
+        (g.shape.out_features, inputs // m, g.kept), inputs, g.tokens, g.dtype
+    ):
+        return cost
+    numbers = g.tokens * (inputs + g.shape.out_features) + g.nnz
+    moved = numbers * g.item + index * g.nnz
+    return priced(expanded_seconds((g.shape.out_features, inputs), m, g.tokens, g.dtype, moved))
+
+
 def _linear_form(name: str) -> Formulation:
     def linear(
         x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
@@ -64,7 +84,7 @@ def _linear_form(name: str) -> Formulation:
         y: Tensor = LINEAR[name](x, values, indices, None, out_features)
         return y if bias is None else y + bias
 
-    return Formulation("triton", linear, _sums)
+    return Formulation("triton", linear, _products)
 
 
 def _narrow(inputs: int, groups: int) -> torch.dtype | None:
@@ -86,7 +106,7 @@ def _narrow_form(name: str) -> Formulation:
     def cost(g: Geometry) -> float | None:
         groups = g.shape.in_features // g.structure.m if isinstance(g.structure, NM) else 1
         kind = _narrow(g.shape.in_features, groups)
-        return _sums(g, index=kind.itemsize) if g.frozen and kind else None
+        return _products(g, index=kind.itemsize) if g.frozen and kind else None
 
     return Formulation("triton_narrow", linear, cost)
 
@@ -110,8 +130,11 @@ def _gathered(
     if not takes(x, values, indices, values.get_size()):
         return None
     sizes, (outputs,) = _sizes(values), inductor.numbers([out])
-    how = triton_sums.gathered_sums(sizes, width(x, in_map), tokens(x))
-    given = {"W": values, "INDICES": indices}
+    given, about = {"W": values, "INDICES": indices}, (sizes, width(x, in_map), tokens(x))
+    if triton_expand.pays(*about, x.get_dtype()):
+        how = triton_expand.expanded(*about, x.get_dtype())
+        return mapped(triton_expand.EXPANDED, x, given, outputs, [how], in_map, into)
+    how = triton_sums.gathered_sums(*about)
     return mapped(triton_sums.GATHERED, x, given, outputs, [how], in_map, into)
 
 

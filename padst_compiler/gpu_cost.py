@@ -15,7 +15,10 @@ import torch
 from padst_compiler.formulation import LAUNCH, Geometry
 
 __all__ = [
+    "ALONG",
+    "APART",
     "dense_seconds",
+    "expanded_seconds",
     "feed",
     "is_gpu",
     "launches",
@@ -35,6 +38,12 @@ MOVED = 2**18  # 197 tokens of 768: 2.6 us through the L2 cache by 48 rows of bl
 # Share of a dense product's rate by the side of a block that is a matrix unit's narrow side: what
 # feeding it from shared memory allows, times 0.7 for Triton against cuBLAS.
 FEED = {16: 0.28, 32: 0.45, 64: 0.65, 128: 0.7}
+
+# Operations a second of sums: each needs a number of x of its own from the L1 cache, and of what
+# lies apart a request brings few. Numbers a second of N:M laid out in registers: 7 instructions
+# each, read off the compiled kernel. Derived, not timed.
+APART, ALONG, LAID = 3.0e12, 10.0e12, 4.0e12
+LAID_FOR = 128  # tokens: more lay a weight out again
 
 
 def is_gpu(g: Geometry) -> bool:
@@ -70,6 +79,25 @@ def dense_seconds(g: Geometry) -> float:
     numbers = g.tokens * (g.shape.in_features + g.shape.out_features) + g.shape.numel
     flops = 2.0 * g.tokens * g.shape.numel
     return seconds(flops, 0.85 * products(g.dtype), numbers * g.item)
+
+
+def expanded_seconds(
+    shape: Sequence[int], group: int, tokens: int, dtype: torch.dtype, moved: float
+) -> float:
+    """Return the seconds of an N:M weight that is laid out in registers and multiplied as dense.
+
+    Args:
+        shape: of the weight, ``(o, i)``.
+        group: inputs of a group, which takes the next power of two.
+        tokens: about how many.
+        dtype: of the inputs.
+        moved: bytes that are read and written.
+    """
+    numbers = math.prod(shape) * (1 << (group - 1).bit_length()) / group
+    laid = numbers * -(-tokens // LAID_FOR) / LAID
+    flops = 2.0 * max(tokens, 16) * numbers
+    rate = FEED[64] * products(dtype)
+    return max(laid, seconds(flops, rate, moved) - START) + START
 
 
 def priced(taken: float) -> float:

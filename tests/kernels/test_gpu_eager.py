@@ -62,7 +62,8 @@ def test_blocks_run_their_kernel(tokens: int, size: int) -> None:
 def test_single_weights_run_theirs_for_few_tokens_only(structure: Structure) -> None:
     op = LINEAR[structure.name]
     assert chosen(op, 1, WIDE, structure)
-    assert not chosen(op, 1024, WIDE, structure)
+    assert not chosen(op, 6304, WIDE, structure)
+    assert chosen(op, 64, WIDE, structure) == (structure.name != "fan_in")  # reads all over x
 
 
 def test_every_kind_of_kernel_is_known_to_the_dispatcher() -> None:
