@@ -24,7 +24,7 @@ class Exploration:
 
     Cost: one bit per candidate unit, on the layer's device: 1/32 of the dense float32 weight for
     single weights, 1/32768 for blocks of 32, next to nothing for diagonals. A step without an
-    update costs one comparison of two integers per layer; an update, eight writes of its units.
+    update costs one comparison of two integers per layer; an update, one write of its units.
 
     Args:
         model: holds sparse layers.
@@ -108,17 +108,20 @@ def _room(layer: SparseLayer) -> Tensor:
 
 
 def _units(layer: SparseLayer) -> Tensor:
-    """Return one number per active unit: its place in the table of all groups and candidates."""
+    """Return one number per kept unit: its place in the table of all groups and candidates.
+
+    It is -1 for the units of ablated neurons.
+    """
     slots = layer.structure.slots(layer.kept_units(), layer.shape).long()
     group = torch.arange(slots.shape[0], device=slots.device)[:, None]
     keys = group * layer.structure.table(layer.shape)[1] + slots
-    return keys[slots >= 0]
+    return keys.masked_fill(slots < 0, -1).flatten()
 
 
 def _mark(bits: Tensor, units: Tensor) -> None:
-    for place in range(8):  # units differ, so no byte is written twice in one pass
-        at = units[(units & 7) == place] >> 3
-        bits[at] = bits[at] | (1 << place)
+    there = (units >= 0).to(bits.dtype)  # a mask of places would have to be read from a GPU
+    marks = there << (units & 7).to(bits.dtype)
+    bits |= torch.zeros_like(bits).index_add_(0, units.clamp_min(0) >> 3, marks)  # units differ
 
 
 def _count(bits: Tensor) -> int:

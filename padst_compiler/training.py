@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +19,12 @@ from padst_compiler.hardening import Hardening, controllable, harden
 from padst_compiler.layers import SparseLayer
 from padst_compiler.memory import Memory
 from padst_compiler.methods import METHODS, Job, Method
-from padst_compiler.methods.base import as_method, untrusted
+from padst_compiler.methods.base import as_method, verdict, warned
+from padst_compiler.notes import Event, Notes, place
 from padst_compiler.recorder import Recorder
 from padst_compiler.schedule import Schedule
 
 __all__ = ["DynamicSparsity", "Event", "harden"]
-
-
-class Event(TypedDict):
-    """One layer at one update or check.
-
-    ``gap`` is the worst row's or column's, ``penalty`` is P(M) / (2 N) without lambda, None where
-    nothing is soft; ``churn`` is the share of units that changed; ``ablated`` counts neurons.
-    """
-
-    step: int
-    layer: str
-    gap: float | None
-    penalty: float | None
-    churn: float
-    hardened: bool
-    ablated: int
 
 
 class DynamicSparsity:
@@ -107,7 +91,7 @@ class DynamicSparsity:
         if refusal := self.method.refusal(self.layers):
             raise ValueError(refusal)
         self.keep_state, self.step_count = keep_state, 0
-        self.history: list[Event] = []
+        self._notes = Notes((), warned)
         self._memory = Memory(optimizer, keep_state)
         self._generator = torch.Generator().manual_seed(seed)
         self._lambda = torch.tensor(self.schedule.penalty_at(0))  # a tensor: compiled once
@@ -120,6 +104,11 @@ class DynamicSparsity:
         self.method.advance(self.layers, 0, self.schedule)
         self._arm()
         self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def history(self) -> list[Event]:
+        """What happened at updates and checks so far; to read it waits for the GPU."""
+        return self._notes.events
 
     def penalty(self) -> Tensor:
         """Return ``lambda(t) * mean over soft layers of P(M) / (2 N)``, to add to the task loss.
@@ -180,7 +169,8 @@ class DynamicSparsity:
         for name, size in state["layers"].items():
             if (selection := self.layers[name].resize(*size)) is not None:
                 self._memory.drop(selection.alpha)
-        self.step_count, self.history = state["step"], [event.copy() for event in state["history"]]
+        self.step_count = state["step"]
+        self._notes = Notes([event.copy() for event in state["history"]], warned)
         self._lambda.fill_(self.schedule.penalty_at(self.step_count))
         self._generator.set_state(state["generator"].cpu())
         self.method.advance(self.layers, self.step_count, self.schedule)
@@ -222,6 +212,7 @@ class DynamicSparsity:
         if update or self.schedule.checks_at(self.step_count):
             for name, layer in self.layers.items():
                 self._visit(name, layer, update and layer.values.requires_grad)
+        self._notes.settle()
         if self._recorders and (update or self._records_next()):
             self._arm()
 
@@ -236,15 +227,22 @@ class DynamicSparsity:
         done = look is not None and due and self._hardening.settle(name, look, self.step_count)
         gap, penalty = look or (None, None)
         event: Any = {"step": self.step_count, "layer": name, "gap": gap, "penalty": penalty}
-        event |= {"churn": churn or 0.0, "hardened": done, "ablated": layer.ablated}
-        self.history.append(event)
+        unread = churn if isinstance(churn, Tensor) else None
+        share = 0.0 if isinstance(churn, Tensor) or churn is None else churn
+        event |= {"churn": share, "hardened": done, "ablated": layer.ablated}
+        self._notes.add(event, unread)
 
-    def _move(self, name: str, layer: SparseLayer) -> float | None:
-        """Let the method move one layer, unless its gradients cannot be trusted."""
+    def _move(self, name: str, layer: SparseLayer) -> float | Tensor | None:
+        """Let the method move one layer, unless its gradients cannot be trusted.
+
+        Returns:
+            The share of units that changed; with the verdict, ``(2,)``, where it is not read yet.
+        """
         seen = self._recorders.get(name)
-        if reason := untrusted(layer, seen):
-            where = f"{name or 'the model'} at step {self.step_count}"
-            warnings.warn(reason[1].format(where), reason[0], stacklevel=2)
+        found = verdict(layer, seen)
+        trusted = None if self.method.waits else found == 0
+        if trusted is None and warned(int(found), place(name, self.step_count)):
             return 0.0
         now = (self.schedule, self.step_count, self._generator, name == list(self.layers)[-1])
-        return self.method.move(Job(name, layer, self._memory, seen, *now))
+        moved = self.method.move(Job(name, layer, self._memory, seen, *now, trusted))
+        return torch.stack([moved, found.to(moved)]) if isinstance(moved, Tensor) else moved

@@ -77,12 +77,13 @@ def _shape(grad: Tensor, x: Tensor | None) -> Shape:
     return Shape(grad.shape[1], grad.shape[0] if x is None else x.shape[1])
 
 
-def wipe(candidates: Tensor, gains: Tensor, active: Tensor, top: Tensor) -> None:
-    """Empty what a recorder holds, in place."""
-    gains.fill_(-torch.inf)
-    top.fill_(-torch.inf)
-    active.zero_()
-    candidates.zero_()
+def wipe(
+    candidates: Tensor, gains: Tensor, active: Tensor, top: Tensor, where: Tensor | None = None
+) -> None:
+    """Empty what a recorder holds, in place, ``where`` that is so: nothing waits to know it."""
+    where = torch.ones((), dtype=torch.bool, device=gains.device) if where is None else where
+    for tensor, empty in ((gains, -torch.inf), (top, -torch.inf), (active, 0), (candidates, 0)):
+        tensor.masked_fill_(where, empty)
 
 
 def _observe(
@@ -131,14 +132,12 @@ def _observe(
             best[rows].gather(1, places.clamp_max(lists - 1)),
             first + places - lists,
         )
-    if not finite:
-        wipe(candidates, gains, active, top)
-    else:
-        for tensor, new in zip(
-            (candidates, gains, active, top), (best, gain, total, largest), strict=True
-        ):
-            tensor.copy_(new)
-    status.fill_(FINITE if finite else POISONED)
+    for tensor, new in zip(
+        (candidates, gains, active, top), (best, gain, total, largest), strict=True
+    ):
+        tensor.copy_(new)
+    wipe(candidates, gains, active, top, where=~finite)
+    status.fill_(POISONED).masked_fill_(finite, FINITE)
 
 
 def _within(units: Tensor, first: int, width: int) -> Tensor:

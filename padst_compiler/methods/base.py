@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,28 @@ from padst_compiler.memory import Memory
 from padst_compiler.recorder import Recorder
 from padst_compiler.schedule import Schedule
 from padst_compiler.text import suggest
+from padst_compiler.watch import FINITE, POISONED
 
-__all__ = ["Job", "Method", "NonFiniteGradientWarning", "as_method", "untrusted"]
+__all__ = ["Job", "Method", "NonFiniteGradientWarning", "as_method", "verdict", "warned"]
 
 
 class NonFiniteGradientWarning(UserWarning):
     """A gradient was NaN or infinite when a topology was to move; it stayed as it was."""
+
+
+WARNINGS: dict[int, tuple[type[Warning], str]] = {
+    1: (
+        NonFiniteGradientWarning,
+        "Expected finite gradients in {}. Got NaN or infinity. "
+        "Its topology stays; lower the learning rate, or clip the gradients.",
+    ),
+    2: (
+        UserWarning,
+        "Expected gradients in {}. Got none. "
+        "Its topology stays; call the layer itself, not F.linear on its weight.",
+    ),
+}
+"""Why no topology follows from a layer's gradients, by verdict."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,8 @@ class Job:
     """One layer at one update.
 
     ``last`` says whether it is the last sparse layer of the model; ``recorder`` is None where the
-    method records nothing; ``generator`` lives on the CPU.
+    method records nothing; ``generator`` lives on the CPU. ``trusted`` is a bool on the layer's
+    device, None where it is known to be true.
     """
 
     name: str
@@ -39,6 +57,7 @@ class Job:
     step: int
     generator: torch.Generator
     last: bool
+    trusted: Tensor | None = None
 
     @property
     def slots(self) -> Tensor:
@@ -56,16 +75,19 @@ class Job:
         assert self.recorder is not None
         return self.recorder
 
-    def replace(self, slots: Tensor, changed: Tensor) -> float:
-        """Put other units into some slots; return the share that changed.
+    def replace(self, slots: Tensor, changed: Tensor) -> Tensor:
+        """Put other units into some slots; return the share that changed, on the layer's device.
 
         Args:
             slots: ``(g, k)``, of a layer without ablated neurons.
             changed: ``(g, k)``, bool: which hold another unit. They start at zero.
         """
+        if self.trusted is not None:
+            changed = changed & self.trusted
+            slots = torch.where(changed, slots, self.slots)
         self.layer.indices.copy_(self.layer.structure.indices_of(slots, self.layer.shape))
         self.memory.forget(self.layer.values, changed)
-        return changed.float().mean().item()
+        return changed.float().mean()
 
 
 @dataclass(frozen=True)
@@ -73,10 +95,12 @@ class Method(ABC):
     """A growth method; the fields of a subclass are its options.
 
     A new one is a subclass in a file of its own and a line in ``METHODS``. It overrides ``move``,
-    and what else it needs.
+    and what else it needs. One that moves layers by ``Job.replace`` alone, and reads nothing back
+    from the GPU, says that it does not wait: then no update does.
     """
 
     name: ClassVar[str]
+    waits: ClassVar[bool] = True
     records: ClassVar[bool] = False
     ablates: ClassVar[bool] = False
 
@@ -110,7 +134,7 @@ class Method(ABC):
         del schedule
         return layer.kept, 0
 
-    def move(self, job: Job) -> float | None:
+    def move(self, job: Job) -> float | Tensor | None:
         """Move one layer's topology.
 
         Returns:
@@ -149,27 +173,36 @@ def as_method(spec: Method | str, known: Mapping[str, type[Method]]) -> Method:
     return known[spec]()
 
 
-def untrusted(layer: SparseLayer, seen: Recorder | None) -> tuple[type[Warning], str] | None:
-    """Return why no topology may follow from a layer's gradients, to format with the place.
+def verdict(layer: SparseLayer, seen: Recorder | None) -> Tensor:
+    """Return whether a topology may follow from a layer's gradients: 0, or a key of ``WARNINGS``.
+
+    A number on the layer's device: nothing waits for it.
 
     Args:
         layer: after the optimiser's step.
         seen: its recorder, where the method records.
     """
     tensors = [layer.values] if layer.selection is None else [layer.values, layer.selection.alpha]
-    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    finite = all(bool(grad.isfinite().all()) for grad in grads)
-    if not finite or (seen is not None and seen.is_poisoned):
-        return NonFiniteGradientWarning, (
-            "Expected finite gradients in {}. Got NaN or infinity. "
-            "Its topology stays; lower the learning rate, or clip the gradients."
-        )
-    if seen is not None and not seen.has_seen:
-        return UserWarning, (
-            "Expected gradients in {}. Got none. "
-            "Its topology stays; call the layer itself, not F.linear on its weight."
-        )
-    return None
+    bad = torch.zeros((), dtype=torch.bool, device=layer.values.device)
+    for tensor in tensors:
+        if tensor.grad is not None:
+            bad = bad | ~tensor.grad.isfinite().all()
+    if seen is None:
+        return bad.int()
+    return (2 * (seen.status != FINITE)).masked_fill(bad | (seen.status == POISONED), 1)
+
+
+def warned(found: int, where: str) -> bool:
+    """Warn of a verdict, if it is not 0; return whether it is not.
+
+    Args:
+        found: the verdict.
+        where: names the layer and the step.
+    """
+    if found:
+        kind, text = WARNINGS[found]
+        warnings.warn(text.format(where), kind, stacklevel=3)
+    return bool(found)
 
 
 def _at(name: str) -> str:

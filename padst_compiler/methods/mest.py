@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from padst_compiler.methods.base import Job, Method
 from padst_compiler.methods.slots import swap_for_random
 
@@ -36,7 +38,7 @@ class Mest(Method):
                 f"Expected a finite weight of at least 0. Got {self.weight}. Use 0.01."
             )
 
-    def move(self, job: Job) -> float:
+    def move(self, job: Job) -> Tensor:
         """Drop by weights and gradients, grow at random."""
         slots, layer = job.slots, job.layer
         strength = layer.values.detach().abs()

@@ -32,9 +32,10 @@ class RigL(Method):
     """
 
     name: ClassVar[str] = "rigl"
+    waits: ClassVar[bool] = False
     records: ClassVar[bool] = True
 
-    def move(self, job: Job) -> float:
+    def move(self, job: Job) -> Tensor:
         """Drop by the units' norms, grow by their gradients' norms."""
         slots, layer, seen = job.slots, job.layer, job.seen
         scores = layer.structure.slot_scores(layer.values, layer.shape)
@@ -75,10 +76,11 @@ def rigl(
     kept = slots.shape[1]
     # Below every real score, which is >= 0: a dropped unit of unknown gain, then a candidate, then
     # what stays anyway. So a group always finds as many units as it lost, at worst its own.
-    back = torch.where(active.isfinite(), active, -1.0).masked_fill(~dropped, -torch.inf)
-    pool = torch.cat([back, torch.where(gains.isfinite(), gains, -2.0)], dim=1)
+    back = active.masked_fill(~active.isfinite(), -1.0).masked_fill(~dropped, -torch.inf)
+    pool = torch.cat([back, gains.masked_fill(~gains.isfinite(), -2.0)], dim=1)
     best = pool.argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(2 * kept, device=slots.device).expand_as(best)
     grows = torch.zeros_like(pool, dtype=torch.bool)
     grows.scatter_(1, best, ranks < dropped.sum(dim=1, keepdim=True))
-    return fill(slots, dropped & ~grows[:, :kept], candidates[grows[:, kept:]])
+    grown = (~grows[:, kept:]).flatten().int().argsort(stable=True)  # a mask would have to be read
+    return fill(slots, dropped & ~grows[:, :kept], candidates.flatten()[grown])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from padst_compiler.methods.base import Job, Method
 from padst_compiler.methods.slots import swap_for_random
 
@@ -20,7 +22,7 @@ class SET(Method):
 
     name: ClassVar[str] = "set"
 
-    def move(self, job: Job) -> float:
+    def move(self, job: Job) -> Tensor:
         """Drop by the units' norms, grow at random."""
         slots, layer = job.slots, job.layer
         scores = layer.structure.slot_scores(layer.values, layer.shape)

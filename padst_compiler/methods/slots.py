@@ -26,12 +26,12 @@ def weakest(scores: Tensor, n_drop: int) -> Tensor:
     """
     order = scores.flatten().argsort(stable=True)
     dropped = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    dropped[order[:n_drop]] = True
+    dropped.scatter_(0, order[:n_drop], True)
     return dropped.view(scores.shape)
 
 
 def fill(slots: Tensor, opened: Tensor, units: Tensor) -> Regrown:
-    """Put ``units`` into the opened slots; both are ordered by group, with equal counts."""
+    """Put ``units`` into the opened slots, both ordered by group; what is left over is not used."""
     return Regrown(slots.masked_scatter(opened, units.to(slots.dtype)), opened)
 
 
