@@ -8,15 +8,29 @@ has a test in ``tests/test_triton_templates.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from padst_compiler import cpp_templates as inductor
 from padst_compiler.triton_text import Kernel, Launch, numbers, template_of
 
-__all__ = ["about", "is_available", "is_tuned", "run", "shifted", "sorted_places", "total"]
+__all__ = [
+    "about",
+    "example",
+    "is_available",
+    "is_tuned",
+    "run",
+    "shifted",
+    "sorted_places",
+    "total",
+    "turned",
+]
+
+LISTS = ("INDICES", "ORDER", "STARTS", "FROM", "INTO")  # inputs that say where others are read
 
 
 @functools.cache
@@ -74,8 +88,52 @@ def run(
             **multiplied,
             PROGRAMS=programs,
         )
-    result: Any = autotune_select_algorithm(kernel.name, choices, real, layout)
+    given = dict(zip(kernel.inputs, real, strict=True))
+    examples = _examples(given, int(ways[0].values.get("C", 1)))
+    result: Any = autotune_select_algorithm(
+        kernel.name, choices, real, layout, input_gen_fns=examples
+    )
     return result[0] if isinstance(result, tuple) else result
+
+
+def _examples(inputs: Mapping[str, Any], side: int) -> dict[int, Callable[[Any], Tensor]]:
+    """Return what makes the lists that kernels are timed with, by their places among the inputs.
+
+    With these Inductor chooses before it fuses, so what follows is fused whatever is chosen.
+    """
+    read = {"FROM": "X", "INDICES": "FROM" if "FROM" in inputs else "X", "STARTS": "ORDER"}
+
+    def made(name: str, node: Any) -> Tensor:
+        below = about(inputs[read.get(name, name)].get_size()[-1])
+        below = below // side if name == "INDICES" else below
+        sizes = [about(size) for size in node.get_size()]
+        return example(name, sizes, below, node.get_dtype()).to(node.get_device())
+
+    names = enumerate(inputs)
+    return {at: functools.partial(made, name) for at, name in names if name in LISTS}
+
+
+def example(name: str, sizes: Sequence[int], below: int, dtype: torch.dtype) -> Tensor:
+    """Return a list such as a layer has. Inductor's own are zeros: then ``dx`` has nothing to do.
+
+    Args:
+        name: of the input, one of ``LISTS``.
+        sizes: of the list.
+        below: what its numbers are below; ``STARTS`` end there.
+        dtype: of the list.
+
+    Example:
+        >>> example("STARTS", [5], 12, torch.int32).tolist()
+        [0, 3, 6, 9, 12]
+    """
+    count = math.prod(sizes)
+    if name == "STARTS":
+        return torch.linspace(0, below, count).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    if name != "INDICES":
+        return torch.randperm(below, generator=generator)[:count].to(dtype)
+    order = torch.rand(*sizes[:-1], below, generator=generator).argsort(-1)
+    return order[..., : sizes[-1]].sort(-1).values.to(dtype)
 
 
 def sorted_places(indices: Any, count: int) -> tuple[Any, Any]:
@@ -115,6 +173,20 @@ def total(x: Any, axis: int, dtype: torch.dtype) -> Any:
     from torch._inductor.lowering import lowerings
 
     return lowerings[torch.ops.aten.sum.dim_IntList](x, [axis], dtype=dtype)
+
+
+def turned(x: Any, rows: int, in_map: Any = None) -> Any:
+    """Return ``(T, i)`` of the graph as ``(i, rows)``, features taken through a map."""
+    from torch._inductor.lowering import lowerings
+
+    aten = torch.ops.aten
+    taken = x if in_map is None else lowerings[aten.index.Tensor](x, [None, in_map])
+    y, (tokens,) = (
+        lowerings[aten.permute.default](taken, [1, 0]),
+        inductor.numbers(x.get_size()[:1]),
+    )
+    more = rows - tokens
+    return lowerings[aten.constant_pad_nd.default](y, [0, more], 0) if more else y
 
 
 @functools.cache

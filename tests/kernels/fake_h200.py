@@ -9,21 +9,27 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch._dynamo import device_interface
+from torch._guards import detect_fake_mode
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from padst_compiler import triton_templates
+from padst_compiler.compat import inductor_defaults
 from padst_compiler.flat import exported
 from padst_compiler.fold import fold
 from padst_compiler.frozen import split
@@ -108,6 +114,7 @@ def h200() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None),
         mock.patch.object(torch.cuda, "is_tf32_supported", lambda: True),
         mock.patch.object(torch.version, "cuda", "13.0"),
         mock.patch.object(torch._inductor.utils, "get_max_num_sms", lambda: 132),
@@ -117,6 +124,49 @@ def h200() -> Iterator[None]:
         for answer in answers:
             stack.enter_context(answer)
         yield
+
+
+@dataclass
+class Timed:
+    """What Inductor would time of one graph: a kernel by its choices, before anything is fused.
+
+    ``grid`` is the number of programs of each, ``lists`` what is made for inputs that are lists.
+    """
+
+    name: str = ""
+    sources: list[str] = field(default_factory=list)
+    grid: list[int] = field(default_factory=list)
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@contextmanager
+def tuned(fastest: int) -> Iterator[Timed]:
+    """Let Inductor tune, and one of several choices be the fastest; nothing is timed.
+
+    Args:
+        fastest: its place among the choices.
+    """
+    timed = Timed()
+
+    def timings(selector: Any, *given: Any, **more: Any) -> dict[Any, float]:
+        _, nodes, _, makers, _, choices, *_ = given
+        timed.name = choices[0].bmreq.kernel_name
+        timed.sources = [Path(choice.bmreq.module_path).read_text() for choice in choices]
+        timed.grid = [choice.bmreq.extra_args[-3] for choice in choices]
+        for place, make in makers.items():
+            make(nodes[place])
+        return {choice: float(at != fastest) for at, choice in enumerate(choices)}
+
+    def keep(name: str, *how: Any) -> Any:
+        timed.lists[name] = example(name, *how).tolist()
+        return mock.Mock()  # there is no GPU to move it to
+
+    example = triton_templates.example
+    with ExitStack() as stack:
+        stack.enter_context(config.patch(max_autotune=True, precompilation_timeout_seconds=0))
+        stack.enter_context(mock.patch.object(AlgorithmSelectorCache, "do_autotuning", timings))
+        stack.enter_context(mock.patch.object(triton_templates, "example", keep))
+        yield timed
 
 
 def code_of(
@@ -148,6 +198,23 @@ def code_of(
     return _generated(graph, given, mode)
 
 
+def main_graph(model: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """Return what is compiled of a model in inference after our passes, and its fake inputs.
+
+    Args:
+        model: in eval mode, on a CPU.
+        x: its input, on a CPU; the graph is for both on "cuda".
+    """
+    function, fakes, reals, state = exported(model, (x,), False)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        there = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in fakes]
+    passes = inference_passes(CANDIDATES, prefer="sparse", fold=True)
+    folded = fold(function, there, reals, state, passes, verify=False)
+    before = [node.meta["val"] for node in folded.inputs]
+    parts = split(folded.graph_module, folded.facts)
+    return parts.main, [*(before[i] for i in parts.main_inputs), *parts.derived]
+
+
 def code_of_model(model: nn.Module, x: torch.Tensor) -> str:
     """Return the code that is generated for a model in inference, after our passes.
 
@@ -155,28 +222,22 @@ def code_of_model(model: nn.Module, x: torch.Tensor) -> str:
         model: in eval mode, on a CPU.
         x: its input, on a CPU; the code is for both on "cuda".
     """
-    function, fakes, reals, state = exported(model, (x,), False)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph, given = main_graph(model, x)
+    mode = detect_fake_mode(given)
+    assert mode is not None
+    table = {**select_decomp_table(), ATEN.index_select.default: index_select}
     with mode:
-        there = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in fakes]
-    passes = inference_passes(CANDIDATES, prefer="sparse", fold=True)
-    folded = fold(function, there, reals, state, passes, verify=False)
-    before = [node.meta["val"] for node in folded.inputs]
-    parts = split(folded.graph_module, folded.facts)
-    given = [*(before[i] for i in parts.main_inputs), *parts.derived]
-    table = {**select_decomp_table(), ATEN.index_select.default: _index_select}
-    with mode:
-        graph = make_fx(parts.main, decomposition_table=table)(*given)
+        graph = make_fx(graph, decomposition_table=table)(*given)
     return _generated(graph, given, mode)
 
 
-def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+def index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
     """Return what Inductor's own decomposition does, which needs a device that is there."""
     return ATEN.index.Tensor(x, [None] * (dim % x.dim()) + [index])
 
 
 def _generated(graph: fx.GraphModule, given: list[torch.Tensor], mode: FakeTensorMode) -> str:
-    options = {"compile_threads": 1, "benchmark_epilogue_fusion": False}
+    options = {**inductor_defaults(), "compile_threads": 1}
     lowering = GraphLowering(graph, shape_env=mode.shape_env, is_inference=True)
     handlers = (V.set_fake_mode(mode), DebugContext(), V.set_graph_handler(lowering))
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
 """Generate code for an H200 that is not there, in a process of its own.
 
 ``python -m tests.kernels.generate [CASE ...]`` prints JSON: the code of each case, static and with
-a symbolic number of tokens, and what some of it takes when compiled. Triton must not be in its
-interpreter here.
+a symbolic number of tokens, and what some of it takes when compiled; with ``--tuned`` the code for
+every choice that Inductor would time. Triton must not be in its interpreter here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 
 from .ahead import compiled
-from .fake_h200 import code_of, code_of_model, h200
+from .fake_h200 import code_of, code_of_model, h200, tuned
 from .interpreted import kernels_of
 from .stored import weights
 
@@ -46,14 +47,14 @@ def stored(name: str, dtype: torch.dtype, shape: Shape = SHAPE) -> tuple[Tensor,
     return weights(STRUCTURES[name], shape, dtype, SPARSITY)
 
 
-def given(needs: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+def given(needs: tuple[str, ...], dtype: torch.dtype, tokens: int = TOKENS) -> dict[str, Tensor]:
     """Return inputs by name; ``v.block`` and ``i.block`` are values and indices, w.block dense."""
     made: dict[str, Tensor] = {
-        "x": torch.randn(TOKENS, INPUTS).to(dtype),
-        "three": torch.randn(3, TOKENS, INPUTS).to(dtype),
-        "grad": torch.randn(TOKENS, OUTPUTS).to(dtype),
+        "x": torch.randn(tokens, INPUTS).to(dtype),
+        "three": torch.randn(3, tokens, INPUTS).to(dtype),
+        "grad": torch.randn(tokens, OUTPUTS).to(dtype),
         "bias": torch.randn(OUTPUTS).to(dtype),
-        "residual": torch.randn(TOKENS, OUTPUTS).to(dtype),
+        "residual": torch.randn(tokens, OUTPUTS).to(dtype),
         "in_map": torch.randperm(INPUTS),
         "into": torch.randperm(OUTPUTS),
     }
@@ -190,14 +191,13 @@ MODELS = {
 """The layer without and with maps, for 100 tokens an image."""
 
 
-def model_code(permutation: str, images: int) -> str:
-    """Return the code of the layer with blocks of 64."""
+def transformer(permutation: str) -> nn.Module:
+    """Return the layer with blocks of 64."""
     torch.manual_seed(0)
     model = Layer().eval()
     config = padst.SparseConfig(structure="block:64", sparsity=0.75, permutation=permutation)
     padst.sparsify(model, config, filter_fn=lambda site: True)
-    padst.harden(model)
-    return code_of_model(model, torch.zeros(images, 100, 256))
+    return padst.harden(model)
 
 
 AHEAD = [
@@ -217,27 +217,52 @@ AHEAD = [
 ]
 """What is compiled ahead of time as well."""
 
+MANY = 70  # tokens: tiles of 128
 KINDS = ("float32-static", "bfloat16-static", "float32-dynamic")
+
+
+TUNED = {f"{case}-float32": MANY for case in ("epilogue", "maps", "dx")}
+TUNED |= {"dx-bfloat16": MANY, "epilogue-bfloat16-few": TOKENS, "maps-float32-dynamic": MANY}
+"""What has several choices, and for how many tokens."""
+
+
+def _fakes(name: str, dtype: str, tokens: int) -> Callable[[], list[Tensor]]:
+    needs = CASES[name].needs
+    made = given(needs, getattr(torch, dtype), tokens)
+    real = [made[need] for need in needs]
+    return lambda: [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
+
+
+def _tuned(key: str, tokens: int) -> dict[str, Any]:
+    """Return the code by the choice that is the fastest, what would be timed, and what it takes."""
+    case, dtype, *_ = key.split("-")
+    fakes, codes = _fakes(case, dtype, tokens), list[str]()
+    while True:
+        with tuned(fastest=len(codes)) as timed:
+            codes.append(code_of(CASES[case].run, fakes, dynamic=key.endswith("dynamic")))
+        if len(codes) >= len(timed.sources):
+            takes = compiled(timed.name, timed.sources[-1])  # the largest tile
+            return {"code": codes, **asdict(timed), "takes": takes}
 
 
 def main(names: list[str]) -> None:
     """Print the code of the cases named, or of all."""
     install()
+    if names == ["--tuned"]:
+        with h200():
+            print(json.dumps({key: _tuned(key, tokens) for key, tokens in TUNED.items()}))
+        return
     found: dict[str, str] = {}
     with h200():
         for name in names or list(CASES):
-            function, needs, _ = CASES[name]
+            function = CASES[name].run
             for kind in KINDS:
                 dtype, size = kind.split("-")
-                made = given(needs, getattr(torch, dtype))
-
-                def fakes(made: dict[str, Tensor] = made, needs: Any = needs) -> list[Tensor]:
-                    real = (made[need] for need in needs)
-                    return [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
-
+                fakes = _fakes(name, dtype, TOKENS)
                 code = code_of(function, fakes, dynamic=size == "dynamic")
                 found[f"{name}-{kind}"] = code
-        found |= {key: model_code(*model) for key, model in MODELS.items() if not names}
+        for key, (permutation, images) in () if names else MODELS.items():
+            found[key] = code_of_model(transformer(permutation), torch.zeros(images, 100, 256))
     ahead = {
         key: compiled(name, source)
         for key in AHEAD

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from padst_compiler.triton_text import function_of
 
-__all__ = ["calls_of", "kernels_of", "run"]
+__all__ = ["Interpreted", "calls_of", "kernels_of", "run"]
 
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.DOTALL)
 DECORATOR = re.compile(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", re.DOTALL)
@@ -45,14 +45,14 @@ def run(code: str, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for there, here in ELSEWHERE.items():
         code = code.replace(there, here)
     text = KERNEL.sub(lambda found: f"kernels[{found[1]!r}]", code)
-    kernels = {name: _Interpreted(name, source) for name, source in kernels_of(code).items()}
+    kernels = {name: Interpreted(name, source) for name, source in kernels_of(code).items()}
     space: dict[str, Any] = {"kernels": kernels, "__name__": "generated"}
     exec(compile(text, "<generated>", "exec"), space)
     result: tuple[Tensor, ...] = space["call"](list(arguments))
     return result
 
 
-class _Interpreted:
+class Interpreted:
     """A kernel as generated code calls it."""
 
     def __init__(self, name: str, source: str) -> None:
@@ -61,6 +61,7 @@ class _Interpreted:
         plain = plain.replace("libdevice.erf", "tl.erf").replace(DRIVER, "")
         plain = re.sub(r"DOT : tl.constexpr = tl.\w+", "DOT : tl.constexpr = tl.float32", plain)
         self._function, self._on_grid = function_of(name, plain), "_grid_0" in source
+        self._reduces = "persistent_reduction" in source
 
     def run(self, *arguments: Any, stream: object) -> None:
         del stream
@@ -68,6 +69,7 @@ class _Interpreted:
             *given, x, y, z = arguments
             self._function[(x, y, z)](*given)
             return
-        numbers = [a for a in arguments if isinstance(a, int)]
-        assert len(numbers) == 1, "one axis only: what else Inductor generates is not run here"
-        self._function[(-(-numbers[0] // BLOCK),)](*arguments, XBLOCK=BLOCK)
+        across, *along = [a for a in arguments if isinstance(a, int)]
+        assert len(along) == self._reduces, "what else Inductor generates is not run here"
+        block = 1 if self._reduces else BLOCK  # a program of a sort or a sum takes a whole row
+        self._function[(-(-across // block),)](*arguments, XBLOCK=block)
