@@ -25,6 +25,7 @@ from padst_compiler.kernels import (
     triton_expand,
     triton_mlp,
     triton_sums,
+    triton_turned,
 )
 from padst_compiler.kernels.dense import dense
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
@@ -37,6 +38,7 @@ LAUNCHES: dict[torch._ops.OpOverload, tuple[Formulation, Callable[..., Tensor]]]
     LINEAR_DX["block"]: (gpu_block.DX_FORM, triton_block.dx),
     LINEAR_DW["block"]: (gpu_block.DW_FORM, triton_block.dw),
     **{LINEAR[n]: (f, triton_sums.LINEAR[n]) for n, f in gpu_sums.LINEAR_FORMS.items()},
+    LINEAR["fan_in"]: (gpu_sums.LINEAR_FORMS["fan_in"], triton_turned.fan_in_linear),
     LINEAR["nm"]: (gpu_sums.LINEAR_FORMS["nm"], triton_expand.nm_linear),
     **{LINEAR_DX[n]: (f, triton_sums.DX[n]) for n, f in gpu_sums.DX_FORMS.items()},
     **{LINEAR_DW[n]: (f, triton_sums.DW[n]) for n, f in gpu_sums.DW_FORMS.items()},

@@ -7,7 +7,8 @@ that of ``triton_expand.py``. For more a dense product is cheaper, and is chosen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ from padst_compiler.gpu_cost import (
     launches,
     priced,
     seconds,
+    turned_seconds,
 )
 from padst_compiler.kernel_ops import INTO, MAPPED
-from padst_compiler.kernels import triton_expand, triton_sums
+from padst_compiler.kernels import triton_expand, triton_sums, triton_turned
 from padst_compiler.kernels.gpu_lowering import (
     Lowering,
     gradient,
     lowered,
     mapped,
+    rows,
     takes,
     tokens,
     width,
@@ -63,18 +66,20 @@ def _sums(g: Geometry, *, lists: bool = False, more: int = 0, index: float = 4.0
 
 
 def _products(g: Geometry, *, index: float = 4.0) -> float | None:
-    """Return the cost of a forward pass: of N:M, of the cheaper of two kernels."""
+    """Return the cost of a forward pass, by the kernel that the lowering takes."""
     cost = _sums(g, index=index)
-    if cost is None or not isinstance(g.structure, NM):
+    if cost is None or g.structure.name == "diagonal":
         return cost
-    inputs, m = g.shape.in_features, g.structure.m
-    if not triton_expand.pays(
-        (g.shape.out_features, inputs // m, g.kept), inputs, g.tokens, g.dtype
-    ):
-        return cost
-    numbers = g.tokens * (inputs + g.shape.out_features) + g.nnz
-    moved = numbers * g.item + index * g.nnz
-    return priced(expanded_seconds((g.shape.out_features, inputs), m, g.tokens, g.dtype, moved))
+    outputs, inputs = g.shape.out_features, g.shape.in_features
+    tokens, dtype = g.tokens, g.dtype
+    moved = (tokens * (inputs + outputs) + g.nnz) * g.item + index * g.nnz
+    if not isinstance(g.structure, NM):
+        fits = triton_turned.pays((outputs, g.kept), inputs, tokens, dtype, int(index))
+        return priced(turned_seconds(inputs, g.nnz, tokens, dtype, moved)) if fits else cost
+    m = g.structure.m
+    fits = triton_expand.pays((outputs, inputs // m, g.kept), inputs, tokens, dtype)
+    taken = expanded_seconds((outputs, inputs), m, tokens, dtype, moved)
+    return priced(taken) if fits else cost
 
 
 def _linear_form(name: str) -> Formulation:
@@ -134,8 +139,23 @@ def _gathered(
     if triton_expand.pays(*about, x.get_dtype()):
         how = triton_expand.expanded(*about, x.get_dtype())
         return mapped(triton_expand.EXPANDED, x, given, outputs, [how], in_map, into)
+    known = inductor.are_numbers(rows(x).get_size())
+    if known and triton_turned.pays(*about, x.get_dtype(), indices.get_dtype().itemsize):
+        return _turned(x, given, outputs, in_map, into)
     how = triton_sums.gathered_sums(*about)
     return mapped(triton_sums.GATHERED, x, given, outputs, [how], in_map, into)
+
+
+def _turned(x: Any, given: Mapping[str, Any], outputs: int, in_map: Any, into: Any) -> Any:
+    flat, kernel = rows(x), triton_turned.GATHERED
+    (count,) = inductor.numbers(flat.get_size()[:1])
+    how = triton_turned.gathered(_sizes(given["W"]), count)
+    how = replace(how, values={**how.values, "OUT_MAP": into is not None})
+    tensors = {"XT": triton.turned(flat, how.values["ROWS"], in_map), **given}
+    if into is not None:
+        kernel, tensors = kernel.reading("INTO"), {**tensors, "INTO": into}
+    y = triton.run(kernel, tensors, (count, outputs), [how], x.get_dtype())
+    return inductor.view(y, [*x.get_size()[:-1], outputs])
 
 
 def _gathered_dx(

@@ -26,6 +26,7 @@ __all__ = [
     "priced",
     "products",
     "seconds",
+    "turned_seconds",
 ]
 
 TRAFFIC = 4.3e12 * 0.85  # bytes a second
@@ -40,10 +41,14 @@ MOVED = 2**18  # 197 tokens of 768: 2.6 us through the L2 cache by 48 rows of bl
 FEED = {16: 0.28, 32: 0.45, 64: 0.65, 128: 0.7}
 
 # Operations a second of sums: each needs a number of x of its own from the L1 cache, and of what
-# lies apart a request brings few. Numbers a second of N:M laid out in registers: 7 instructions
-# each, read off the compiled kernel. Derived, not timed.
-APART, ALONG, LAID = 3.0e12, 10.0e12, 4.0e12
+# lies apart a request brings few; of x turned it brings those of many tokens. Numbers a second of
+# N:M laid out in registers. The last two by the instructions of the compiled kernels, 4.2 for a
+# weight and a token, and 7 for a number. Derived, not timed.
+APART, ALONG, TURNED, LAID = 3.0e12, 10.0e12, 13.0e12, 4.0e12
 LAID_FOR = 128  # tokens: more lay a weight out again
+NEAR = (
+    192 * 2**10
+)  # bytes of x that the L1 cache has room for; what is not there takes twice as long
 
 
 def is_gpu(g: Geometry) -> bool:
@@ -98,6 +103,24 @@ def expanded_seconds(
     flops = 2.0 * max(tokens, 16) * numbers
     rate = FEED[64] * products(dtype)
     return max(laid, seconds(flops, rate, moved) - START) + START
+
+
+def turned_seconds(
+    inputs: int, weights: int, tokens: int, dtype: torch.dtype, moved: float
+) -> float:
+    """Return the seconds of sums of single weights over x turned, and of the copy that turns it.
+
+    Args:
+        inputs: of the layer.
+        weights: that are kept.
+        tokens: about how many; a power of two is computed.
+        dtype: of the inputs.
+        moved: bytes that sums read and write.
+    """
+    computed = 1 << (tokens - 1).bit_length()
+    turned = inputs * computed * dtype.itemsize
+    rate = TURNED if turned <= NEAR else TURNED / 2.0
+    return seconds(2.0 * computed * weights, rate, moved) + seconds(0.0, 1.0, 2.0 * turned)
 
 
 def priced(taken: float) -> float:

@@ -117,7 +117,8 @@ def launch(
         dtype: of the output; None for that of ``X``.
     """
     given = {name: inputs[name].contiguous() for name in kernel.inputs}
-    x = given["X"]
+    x, *_ = given.values()
+    tokens = x.shape[0] if kernel.inputs[0] in TOKENS else shape[0]
     sizes = tuple((n, (None if n in TOKENS else len(t), *t.shape[1:])) for n, t in given.items())
     out = x.new_empty(shape, dtype=dtype)
     most = max(out.numel(), *(t.numel() for t in given.values()))
@@ -128,7 +129,7 @@ def launch(
     if out.numel():
         run = function[(how.grid(shape[0]),)]
         with torch.cuda.device_of(x):  # Triton launches on the device that is current
-            run(*given.values(), out, x.shape[0], num_warps=how.warps, num_stages=how.stages)
+            run(*given.values(), out, tokens, num_warps=how.warps, num_stages=how.stages)
     return out
 
 
@@ -196,8 +197,8 @@ def written(
         constants = "".join(f"\n    {key}: tl.constexpr = {value}" for key, value in values.items())
         return f'@triton.jit(do_not_specialize=("M",))\ndef {kernel.name}({given}):{constants}'
 
-    def size(name: str, axis: int) -> str:
-        known = sizes[name][axis]
+    def size(name: str | None, axis: int) -> str:
+        known = sizes[name][axis] if name else None
         return "M" if known is None else str(known)
 
     def load_input(

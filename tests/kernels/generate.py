@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 import padst_compiler as padst
 from padst_compiler.kernel_ops import BLOCK_MLP, INTO, MAPPED
-from padst_compiler.kernels import install
+from padst_compiler.kernels import install, triton_turned
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 
@@ -80,8 +81,8 @@ class Case(NamedTuple):
 BLOCK = ("v.block", "i.block")
 
 
-def _mapped(made: dict[str, Tensor]) -> Tensor:
-    y = made["x"][:, made["in_map"]] @ made["w.block"].t()
+def _mapped(made: dict[str, Tensor], name: str = "block") -> Tensor:
+    y = made["x"][:, made["in_map"]] @ made[f"w.{name}"].t()
     return torch.zeros_like(y).index_copy(1, made["into"], y) + made["bias"]
 
 
@@ -162,6 +163,17 @@ CASES["narrow"] = Case(
     lambda made: _dense(made, "nm"),
 )
 
+CASES["turned"] = Case(
+    lambda x, v, i, b: LINEAR["fan_in"](x, v, i, None, OUTPUTS).relu() + b,
+    ("x", "v.fan_in", "i.fan_in", "bias"),
+    lambda made: _dense(made, "fan_in").relu() + made["bias"],
+)
+CASES["turned_maps"] = Case(
+    lambda x, v, i, m, to, b: INTO[MAPPED[LINEAR["fan_in"]]](x, v, i, OUTPUTS, m, to) + b,
+    ("x", "v.fan_in", "i.fan_in", "in_map", "into", "bias"),
+    lambda made: _mapped(made, "fan_in"),
+)
+
 
 class Layer(nn.Module):
     """A layer of a transformer: four linear layers, two norms, attention."""
@@ -213,6 +225,8 @@ AHEAD = [
         "nm",
         "narrow",
         "diagonal",
+        "turned",
+        "turned_maps",
     )
 ]
 """What is compiled ahead of time as well."""
@@ -259,7 +273,11 @@ def main(names: list[str]) -> None:
             for kind in KINDS:
                 dtype, size = kind.split("-")
                 fakes = _fakes(name, dtype, TOKENS)
-                code = code_of(function, fakes, dynamic=size == "dynamic")
+                # A layer so small is never predicted to gain by a copy of x.
+                pays = triton_turned.pays
+                does = (lambda *_: True) if name.startswith("turned") else pays
+                with mock.patch.object(triton_turned, "pays", does):
+                    code = code_of(function, fakes, dynamic=size == "dynamic")
                 found[f"{name}-{kind}"] = code
         for key, (permutation, images) in () if names else MODELS.items():
             found[key] = code_of_model(transformer(permutation), torch.zeros(images, 100, 256))

@@ -27,6 +27,7 @@ ELSEWHERE = {
 }
 DRIVER = "triton_helpers.set_driver_to_gpu()"
 BLOCK = 256  # numbers that a program of a pointwise kernel computes
+SIDE = 32  # of a tile of a copy that turns
 
 
 def kernels_of(code: str) -> dict[str, str]:
@@ -61,7 +62,7 @@ class Interpreted:
         plain = plain.replace("libdevice.erf", "tl.erf").replace(DRIVER, "")
         plain = re.sub(r"DOT : tl.constexpr = tl.\w+", "DOT : tl.constexpr = tl.float32", plain)
         self._function, self._on_grid = function_of(name, plain), "_grid_0" in source
-        self._reduces = "persistent_reduction" in source
+        self._reduces, self._turns = "persistent_reduction" in source, "YBLOCK" in source
 
     def run(self, *arguments: Any, stream: object) -> None:
         del stream
@@ -70,6 +71,10 @@ class Interpreted:
             self._function[(x, y, z)](*given)
             return
         across, *along = [a for a in arguments if isinstance(a, int)]
+        if self._turns:  # rows, then columns
+            grid = (-(-along[0] // SIDE), -(-across // SIDE))
+            self._function[grid](*arguments, YBLOCK=SIDE, XBLOCK=SIDE)
+            return
         assert len(along) == self._reduces, "what else Inductor generates is not run here"
         block = 1 if self._reduces else BLOCK  # a program of a sort or a sum takes a whole row
         self._function[(-(-across // block),)](*arguments, XBLOCK=block)
