@@ -137,7 +137,7 @@ def _gathered(
     sizes, (outputs,) = _sizes(values), inductor.numbers([out])
     given, about = {"W": values, "INDICES": indices}, (sizes, width(x, in_map), tokens(x))
     if triton_expand.pays(*about, x.get_dtype()):
-        how = triton_expand.expanded(*about, x.get_dtype())
+        how = triton_expand.expanded(*about)
         return mapped(triton_expand.EXPANDED, x, given, outputs, [how], in_map, into)
     known = inductor.are_numbers(rows(x).get_size())
     if known and triton_turned.pays(*about, x.get_dtype(), indices.get_dtype().itemsize):

@@ -7,7 +7,7 @@ they take in memory, while products cost what dense ones do: between one token, 
 its weight (load as sparse, compute as dense: Flash-LLM, arXiv 2309.10285).
 
 A thread owns whole groups, so nothing moves between threads: every cell of a group is chosen by
-itself, and the cells are joined in order. 16-bit numbers are chosen in pairs, as words.
+itself, and the cells are joined in order. Numbers are of 16 bits, and chosen in pairs, as words.
 """
 
 from __future__ import annotations
@@ -70,31 +70,25 @@ EXPANDED = Kernel(
 {%- endif %}
 {%- for n in range(KEPT) %}
         i{{n}} = i{{n}}.to(tl.int32)
-{%- if WORDS %}
         half = ((i{{n}} & 1) * 16).to(tl.uint32)
         w{{n}} = w{{n}}.to(tl.uint16, bitcast=True).to(tl.uint32) << half
         i{{n}} = i{{n}} >> 1
-{%- endif %}
 {%- endfor %}
-{%- set cells = PADDED // 2 if WORDS else PADDED %}
-{%- for at in range(cells) %}
+{%- for at in range(PADDED // 2) %}
         c{{at}} = tl.where(i0 == {{at}}, w0, 0)
 {%- for n in range(1, KEPT) %}
-        c{{at}} {{"|" if WORDS else "+"}}= tl.where(i{{n}} == {{at}}, w{{n}}, 0)
+        c{{at}} |= tl.where(i{{n}} == {{at}}, w{{n}}, 0)
 {%- endfor %}
 {%- endfor %}
-{%- for level in (32, 16, 8, 4, 2, 1) if level < cells %}
+{%- for level in (32, 16, 8, 4, 2, 1) if level < PADDED // 2 %}
 {%- for at in range(level) %}
         c{{at}} = tl.join(c{{at}}, c{{at + level}})
 {%- endfor %}
 {%- endfor %}
-{%- if WORDS %}
         c0 = tl.reshape(c0, (BLOCK_N, BLOCK_G * PADDED // 2))
         low = (c0 & 0xffff).to(tl.uint16).to(W.dtype.element_ty, bitcast=True)
         high = (c0 >> 16).to(tl.uint16).to(W.dtype.element_ty, bitcast=True)
-        c0 = tl.join(low, high)
-{%- endif %}
-        b = tl.trans(tl.reshape(c0, (BLOCK_N, BLOCK_G * PADDED)))
+        b = tl.trans(tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_G * PADDED)))
         acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
     column = rn
 {%- if OUT_MAP %}
@@ -116,7 +110,7 @@ def pays(values: Sequence[int], inputs: int, tokens: int, dtype: torch.dtype) ->
         >>> pays((11008, 1, 410), 4096, 16, torch.bfloat16)
         False
     """
-    if len(values) != 3:
+    if len(values) != 3 or dtype.itemsize != 2:
         return False
     shape, nnz, group = (values[0], inputs), math.prod(values), inputs // values[1]
     if not 2 <= group <= WIDEST or power(group) * values[2] > CHOSEN:
@@ -127,22 +121,22 @@ def pays(values: Sequence[int], inputs: int, tokens: int, dtype: torch.dtype) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def expanded(values: Sequence[int], inputs: int, tokens: int, dtype: torch.dtype) -> Launch:
+def expanded(values: Sequence[int], inputs: int, tokens: int) -> Launch:
     """Return the programs of ``EXPANDED``, for values ``(o, i/m, n)``.
 
     Fewer outputs a program keep all multiprocessors reading where there are few tokens.
     """
     outputs, groups, kept = values
     group = inputs // groups
-    padded, words = power(group), dtype.itemsize == 2
+    padded = power(group)
     m = min(128, max(16, power(tokens)))
     n = min(64, max(16, power(outputs)))
     while n > 16 and -(-outputs // n) * -(-tokens // m) < PROGRAMS:
         n //= 2
-    k = (256 if m <= 64 else 128) // dtype.itemsize
+    k = 128 if m <= 64 else 64
     g = min(power(groups), max(16, padded, k) // padded)
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_G": g, "TILES": -(-outputs // n), "WIDE": outputs}
-    sizes |= {"GROUPS": groups, "GROUP": group, "PADDED": padded, "KEPT": kept, "WORDS": words}
+    sizes |= {"GROUPS": groups, "GROUP": group, "PADDED": padded, "KEPT": kept}
     sizes |= {"ALIGNED": group & -group}
     return Launch(sizes, tiles=sizes["TILES"], warps=8 if m * n >= 4096 else 4)
 
@@ -158,7 +152,7 @@ def linear(
 ) -> Tensor:
     """Return ``x[..., in_map] S^T + bias``; feature n of the product is stored at ``into[n]``."""
     flat, inputs = x.reshape(-1, x.shape[-1]), read(x, in_map)
-    how = expanded(values.shape, inputs, flat.shape[0], x.dtype)
+    how = expanded(values.shape, inputs, flat.shape[0])
     given = {"X": flat, "W": values, "INDICES": indices}
     y = mapped(EXPANDED, given, out_features, how, in_map, into, bias)
     return y.view(*x.shape[:-1], out_features)
