@@ -1,6 +1,6 @@
 """What Triton's compiler makes of every kernel: registers, spills, shared memory, matrix units.
 
-    python benchmarks/registers.py [--arch 90 80] [--kernel NAME] [--quick] [--tuned] [--json]
+    python benchmarks/registers.py [--arch 90 80 100] [--kernel NAME] [--quick] [--tuned] [--json]
 
 No GPU is needed: kernels are compiled ahead of time, in every tile that typical layers get, and
 what ptxas used is read back. Equal kernels are compiled and printed once, under their first layer.
@@ -27,7 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from padst_compiler.kernels import triton_block, triton_mlp, triton_sums
+from padst_compiler.kernels import (
+    triton_block,
+    triton_expand,
+    triton_mlp,
+    triton_sums,
+    triton_turned,
+)
 from padst_compiler.structure_text import describe
 from padst_compiler.structures import NM, Block, Diagonal, FanIn, Shape, Structure
 from padst_compiler.text import table
@@ -35,7 +41,7 @@ from padst_compiler.triton_text import TYPES, Kernel, Launch, function_of, writt
 
 SPARSITY = 0.9
 LAYERS = (Shape(3072, 768), Shape(768, 3072), Shape(11008, 4096))  # outputs, inputs
-TOKENS = (1, 64, 6304)
+TOKENS = (1, 16, 64, 6304)
 NUMBERS = {  # how products are made: the type of the inputs, and the precision of fp32
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
@@ -78,7 +84,7 @@ class Case:
         width: of the output.
         how: constants and programs.
         bias: whether one is added.
-        out: type of the output; None for that of ``X``.
+        out: type of the output; None for that of the features.
     """
 
     kernel: Kernel
@@ -88,9 +94,14 @@ class Case:
     bias: bool = False
     out: torch.dtype | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the first input, of tokens."""
+        return next(iter(self.inputs.values()))[1]
+
     def source(self, precision: str) -> str:
         """Return the text that ``triton_text.launch`` would run."""
-        values = {**self.how.values, "INDEX_DTYPE": "tl.int32", "DOT": TYPES[self.inputs["X"][1]]}
+        values = {**self.how.values, "INDEX_DTYPE": "tl.int32", "DOT": TYPES[self.dtype]}
         values["PRECISION"] = repr(precision)
         sizes = {name: size for name, (size, _) in self.inputs.items()}
         return written(self.kernel, sizes, self.width, values, bias=self.bias)
@@ -98,8 +109,8 @@ class Case:
     def signature(self) -> dict[str, str]:
         """Return the types of the arguments, by Triton's names."""
         types = {name: dtype for name, (_, dtype) in self.inputs.items()}
-        bias = {"BIAS": types["X"]} if self.bias else {}
-        pointers = {**types, **bias, "OUT": self.out or types["X"]}
+        bias = {"BIAS": self.dtype} if self.bias else {}
+        pointers = {**types, **bias, "OUT": self.out or self.dtype}
         return {name: POINTERS[dtype] for name, dtype in pointers.items()} | {"M": "i32"}
 
 
@@ -141,7 +152,7 @@ def block(setting: Setting, structure: Structure) -> Iterator[Case]:
 
 
 def element(setting: Setting, structure: Structure) -> Iterator[Case]:
-    """Return the sums of ``kernels/triton_sums.py``."""
+    """Return the sums of ``triton_sums.py``, and the products of ``triton_expand.py``."""
     layer, tokens, dtype = setting.layer, setting.tokens, setting.dtype
     inputs, outputs = layer.in_features, layer.out_features
     table = structure.index_shape(layer, structure.kept(layer, SPARSITY))
@@ -163,8 +174,14 @@ def element(setting: Setting, structure: Structure) -> Iterator[Case]:
     yield mapped(Case(text, given, outputs, how, bias=not setting.maps), setting)
     if not diagonal:  # indices of frozen weights
         narrow = torch.uint8 if structure.name == "nm" else torch.int16
-        given = {**given, "INDICES": (table, narrow)}
-        yield mapped(Case(text, given, outputs, how, bias=not setting.maps), setting)
+        frozen = {**given, "INDICES": (table, narrow)}
+        yield mapped(Case(text, frozen, outputs, how, bias=not setting.maps), setting)
+        if triton_expand.pays(size, inputs, tokens, dtype):
+            how = triton_expand.expanded(size, inputs, tokens)
+            for read in (given, frozen):
+                case = Case(triton_expand.EXPANDED, read, outputs, how, bias=not setting.maps)
+                yield mapped(case, setting)
+        yield from few(setting, structure, size, narrow)
     yield mapped(Case(text_dx, turned, inputs, how_dx), setting)
     if not setting.maps:
         text = triton_sums.DIAGONAL_DW if diagonal else triton_sums.GATHERED_DW
@@ -176,6 +193,22 @@ def element(setting: Setting, structure: Structure) -> Iterator[Case]:
         out = torch.float32 if how.values["SPLIT"] > 1 else dtype
         given = {"X": x, "G": g, "INDICES": indices}
         yield Case(text, given, int(how.values["WIDE"]), how, out=out)
+
+
+def few(
+    setting: Setting, structure: Structure, size: tuple[int, ...], places: torch.dtype
+) -> Iterator[Case]:
+    """Return the sums of ``kernels/triton_turned.py``, fan-in for a few tokens."""
+    layer, tokens, dtype = setting.layer, setting.tokens, setting.dtype
+    if structure.name != "fan_in" or not 1 < tokens <= triton_turned.TOKENS:
+        return
+    how = triton_turned.gathered(size, tokens)
+    how = replace(how, values={**how.values, "OUT_MAP": setting.maps})
+    x = (layer.in_features, how.values["ROWS"])
+    given: dict[str, Any] = {"XT": (x, dtype), "W": (size, dtype), "INDICES": (size, places)}
+    into = {"INTO": ((layer.out_features,), torch.int64)} if setting.maps else {}
+    kernel = triton_turned.GATHERED.reading(*into)
+    yield Case(kernel, {**given, **into}, layer.out_features, how, bias=not setting.maps)
 
 
 def mlp(setting: Setting, structure: Structure) -> Iterator[Case]:
@@ -238,6 +271,7 @@ class Row:
     registers: int
     spilled: int  # bytes a thread
     shared: int  # bytes a program
+    tensor: int  # columns of tensor memory a program, which sm_100 has
     matrix: str
     load: int  # bits of the widest from global memory
 
@@ -334,6 +368,7 @@ def row(cuobjdump: Path, arch: int, setting: Setting, structure: Structure, case
         warps=case.how.warps,
         stages=case.how.stages,
         shared=int(made.metadata.shared),
+        tensor=int(made.metadata.tmem_size or 0),
         matrix=next((word for word in MATRIX if word in made.asm["ptx"]), "none"),
         load=widest(made.asm["ptx"]),
         **usage(cuobjdump, made.asm["cubin"]),
@@ -344,8 +379,7 @@ def ways(case: Case) -> list[Case]:
     """Return the case with all programs that Inductor times under ``max-autotune``."""
     if case.kernel.body not in (triton_block.LINEAR.body, triton_block.DX.body):
         return [case]
-    dtype = case.inputs["X"][1]
-    return [replace(case, how=how) for how in triton_block.variants(case.how, dtype)]
+    return [replace(case, how=how) for how in triton_block.variants(case.how, case.dtype)]
 
 
 def rows(archs: Iterable[int], quick: bool, name: str, tuned: bool = False) -> list[Row]:
@@ -376,12 +410,13 @@ def summary(found: list[Row]) -> str:
             max(one.registers for one in group),
             sum(one.spilled > 0 for one in group),
             max(one.shared for one in group),
+            max(one.tensor for one in group),
             " ".join(sorted({one.matrix for one in group})),
         )
         for key, group in groups.items()
     ]
-    headers = ("kernel", "arch", "compiled", "registers", "that spill", "shared", "matrix")
-    return table(headers, lines)
+    counts = ("compiled", "registers", "that spill", "shared", "tensor")
+    return table(("kernel", "arch", *counts, "matrix"), lines)
 
 
 def main() -> None:

@@ -51,6 +51,9 @@ Sizes = tuple[int, int, int, int]
 """Of the weights of blocks: ``(o/r, k, c, r)``."""
 
 PROGRAMS = 512  # of a gradient, at least: a few for each of 132 multiprocessors
+FEW = 32  # rows of a tile that are bound by reading weights
+READING = 264  # programs that read weights, at least: two for each multiprocessor
+AHEAD = (3, 5)  # stages: one step ahead, and two
 
 TILE = """
     M = {{size("X", 0)}}
@@ -168,6 +171,17 @@ def tiles(groups: int, wide: int, inner: int, rows: int, dtype: torch.dtype) -> 
     return {**sizes, "TILES": groups * sizes["PARTS"]}
 
 
+def narrowed(values: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Return what changes where a tile has ``n`` outputs.
+
+    Example:
+        >>> narrowed({"WIDE": 64, "PARTS": 1, "TILES": 172}, 16)
+        {'BLOCK_N': 16, 'PARTS': 4, 'TILES': 688}
+    """
+    groups, parts = values["TILES"] // values["PARTS"], -(-values["WIDE"] // n)
+    return {"BLOCK_N": n, "PARTS": parts, "TILES": groups * parts}
+
+
 @functools.lru_cache(maxsize=4096)
 def sums(
     values: Sizes,
@@ -191,11 +205,18 @@ def sums(
     _, kept, c, r = values
     wide = c * r // inner
     shared = tiles(groups, wide, kept * inner, tokens, dtype)
+    if shared["BLOCK_M"] <= FEW:
+        shared["BLOCK_K"] = min(256 // dtype.itemsize, max(16, power(kept * inner)))
+        while shared["TILES"] < READING and shared["BLOCK_N"] > 16:
+            shared |= narrowed(shared, shared["BLOCK_N"] // 2)
     if gathered and dtype is torch.float32:  # more addresses than registers, on sm_80
         shared["BLOCK_K"] = 16
     aligned = min(inner & -inner, shared["BLOCK_K"])
-    blocks = {"KEPT": kept, "C": inner, "ALIGNED": aligned}
-    return Launch(shared | blocks, tiles=shared["TILES"], warps=warps(shared))
+    shared |= {"KEPT": kept, "C": inner, "ALIGNED": aligned, "IN_MAP": gathered}
+    # Loads wait for the places of blocks, so that two stages are one step ahead.
+    long = not gathered and kept * inner >= 4 * shared["BLOCK_K"]
+    stages = AHEAD[1] if long else AHEAD[0]
+    return Launch(shared, tiles=shared["TILES"], warps=warps(shared), stages=stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -220,24 +241,36 @@ def gradient(values: Sizes, tokens: int, inputs: int, dtype: torch.dtype) -> Lau
 
 
 def warps(values: Mapping[str, Any]) -> int:
-    """Return the warps of a program: 4 spill where a tile has 4096 sums and reads through maps."""
-    return 8 if values["BLOCK_M"] * values["BLOCK_N"] >= 4096 else 4
+    """Return the warps of a program: 4 spill where a tile has 4096 sums and reads through maps.
+
+    So they do where it has 8192 addresses, on sm_100.
+    """
+    m, n, k = values["BLOCK_M"], values["BLOCK_N"], values["BLOCK_K"]
+    return 8 if m * n >= 4096 or (values["IN_MAP"] and m * k >= 8192) else 4
 
 
 def variants(how: Launch, dtype: torch.dtype) -> list[Launch]:
     """Return the programs, and what Inductor times against them where it tunes.
 
-    Wider tiles of fp32 spill.
+    Taller tiles spill: of fp32, and where they read through maps. With fewer than 64 rows 16-bit
+    products would not run on the matrix units of Hopper and Blackwell.
     """
-    m, k = int(how.values["BLOCK_M"]), int(how.values["BLOCK_K"])
+    m, n, k = (int(how.values[f"BLOCK_{axis}"]) for axis in "MNK")
     half = dtype.itemsize == 2
-    rows = [r for r in (32, 64, 128, 256) if half or r <= 128] if m >= 64 else [m]
+    least, most = (64, 128 if how.values["IN_MAP"] else 256) if half else (32, 128)
+    rows = [r for r in (32, 64, 128, 256) if least <= r <= most] if m >= 64 else [m]
     steps = [32, 64] if half and k >= 32 else [k]
+    widths = [n]
+    if m <= FEW:
+        steps = [k // 2, k] if k >= 64 else [k]
+        widths = [w for w in (16, 32, 64) if w <= max(n, power(how.values["WIDE"]))]
     tried = [how]
-    for m, k in itertools.product(rows, steps):
-        aligned = min(int(how.values["ALIGNED"]), k)
+    for m, n, k in itertools.product(rows, widths, steps):
+        aligned = min(int(how.values["C"]) & -int(how.values["C"]), k)
         values = {**how.values, "BLOCK_M": m, "BLOCK_K": k, "ALIGNED": aligned}
-        tried += [replace(how, values=values, warps=warps(values), stages=s) for s in (3, 4)]
+        values |= narrowed(values, n)
+        told = replace(how, values=values, tiles=values["TILES"], warps=warps(values))
+        tried += [replace(told, stages=s) for s in AHEAD]
     return [one for at, one in enumerate(tried) if one not in tried[:at]]
 
 

@@ -15,12 +15,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = {80: 163, 90: 227}  # KiB that a program may have, by architecture
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a program may have, by architecture
+UNITS = {80: "mma", 90: "wgmma", 100: "tcgen05.mma"}  # of 16-bit products of 64 rows and more
+TENSOR = 512  # columns of tensor memory
 NEEDED = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="Triton is not installed"
 )
 
-ARCHITECTURES = pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=pytest.mark.slow)])
+ARCHITECTURES = pytest.mark.parametrize(
+    "arch", ["90", *(pytest.param(other, marks=pytest.mark.slow) for other in ("80", "100"))]
+)
+ALL = pytest.mark.parametrize("arch", ["90", "80", "100"])
 
 
 def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,12 +52,13 @@ def rows(*options: str) -> list[dict[str, Any]]:
 def fit(found: list[dict[str, Any]]) -> None:
     for row in found:
         assert row["registers"] <= 255 and row["shared"] <= SHARED[row["arch"]] * 1024, row
+        assert row["tensor"] <= TENSOR, row
         products = row["kernel"].startswith("padst_block")
         halves = products and row["numbers"] in ("fp16", "bf16")
-        if halves and row["arch"] == 90 and row["tokens"] >= 64:
-            assert row["matrix"] == "wgmma", row
+        if halves and row["tokens"] >= 64:
+            assert row["matrix"] == UNITS[row["arch"]], row
         elif halves:
-            assert row["matrix"] in ("wgmma", "mma"), row
+            assert row["matrix"] in ("mma", UNITS[row["arch"]]), row
 
 
 def spilled(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,17 +84,27 @@ def test_the_heaviest_kernels_do_not_spill(arch: str) -> None:
 
 
 @NEEDED
-@pytest.mark.exhaustive  # a quarter of an hour each
-@pytest.mark.parametrize("arch", ["90", "80"])
+@pytest.mark.slow
+@ARCHITECTURES
+def test_all_that_is_timed_fits_and_does_not_spill(arch: str) -> None:
+    found = rows("--quick", "--tuned", "--arch", arch)
+    assert len(found) > 2 * len(rows("--quick", "--arch", arch))
+    fit(found)
+    assert not spilled(found)
+
+
+@NEEDED
+@pytest.mark.exhaustive  # an hour each
+@ALL
 def test_all_kernels_fit(arch: str) -> None:
-    fit(rows("--arch", arch))
+    fit(rows("--tuned", "--arch", arch))
 
 
 @NEEDED
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ["90", "80"])
+@ALL
 def test_no_kernel_spills(arch: str) -> None:
-    assert not spilled(rows("--arch", arch))
+    assert not spilled(rows("--tuned", "--arch", arch))
 
 
 def script() -> Any:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from padst_compiler.kernels import triton_block
-from padst_compiler.kernels.triton_block import by_column, dw, dx, gradient, linear, power, sums
+from padst_compiler.kernels.triton_block import (
+    by_column,
+    dw,
+    dx,
+    gradient,
+    linear,
+    power,
+    sums,
+    variants,
+)
 from padst_compiler.structures import Block, Shape
 
 from .stored import weights
@@ -345,3 +354,58 @@ def test_tiles_cover_what_they_must(structure: Block, tokens: int, dtype: torch.
     assert v["CHUNKS"] * v["BLOCK_M"] >= 3 * c and v["PARTS"] * v["BLOCK_N"] >= r
     assert how.programs == v["SPLIT"] * v["TILES"] == v["SPLIT"] * 12 * v["PARTS"] * v["CHUNKS"]
     assert (v["INPUTS"], v["OUTPUTS"]) == (9 * c, 12 * r)
+
+
+# -- programs --------------------------------------------------------------------------------------
+
+LLAMA = (172, 6, 64, 64)  # 4096-11008 at 90 %
+
+
+@pytest.mark.parametrize("groups", [172, 64, 12, 3])
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_few_tokens_are_many_narrow_programs(groups: int, tokens: int) -> None:
+    how = sums((groups, 6, 64, 64), groups, 64, tokens, torch.bfloat16)
+    assert how.grid(tokens) >= triton_block.READING or how.values["BLOCK_N"] == 16
+    assert how.values["TILES"] * how.values["BLOCK_N"] == groups * 64
+    assert sums((groups, 6, 64, 64), groups, 64, 64, torch.bfloat16).values["BLOCK_N"] == 64
+
+
+def test_long_sums_load_two_steps_ahead() -> None:
+    stages = [sums((172, kept, 64, 64), 172, 64, 8192, torch.bfloat16).stages for kept in (1, 6)]
+    assert stages == [3, 5]
+    assert sums(LLAMA, 172, 64, 8192, torch.bfloat16, gathered=True).stages == 3
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 64, 8192])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_tuned_covers_the_same_outputs(
+    tokens: int, gathered: bool, dtype: torch.dtype
+) -> None:
+    first = sums(LLAMA, 172, 64, tokens, dtype, gathered=gathered)
+    ways = variants(first, dtype)
+    assert ways[0] == first and len(ways) > 1
+    assert all(one not in ways[:at] for at, one in enumerate(ways))
+    for how in ways:
+        values = how.values
+        assert values["TILES"] == how.tiles == 172 * values["PARTS"]
+        assert (values["PARTS"] - 1) * values["BLOCK_N"] < 64 <= values["PARTS"] * values["BLOCK_N"]
+        assert values["BLOCK_K"] % values["ALIGNED"] == 64 % values["ALIGNED"] == 0
+        if dtype is torch.bfloat16 and tokens >= 64:
+            assert values["BLOCK_M"] >= 64  # or Hopper's matrix units would not be used
+
+
+def test_every_tuned_program_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    values, indices, dense = (
+        t.to(device) for t in weights(Block(64), Shape(128, 192), torch.float32, 0.5)
+    )
+    for tokens in (5, 70):
+        x = torch.randn(tokens, 192).to(device)
+        sizes = triton_block.sizes_of(values)
+        for how in variants(sums(sizes, 2, 64, tokens, x.dtype), x.dtype):
+            monkeypatch.setattr(triton_block, "sums", lambda *_, how=how, **__: how)
+            y = linear(x, values, indices, None, 128)
+            torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=1e-5, atol=1e-4)
+        monkeypatch.undo()
