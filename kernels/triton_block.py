@@ -252,8 +252,8 @@ def warps(values: Mapping[str, Any]) -> int:
 def variants(how: Launch, dtype: torch.dtype) -> list[Launch]:
     """Return the programs, and what Inductor times against them where it tunes.
 
-    Taller tiles spill: of fp32, and where they read through maps. With fewer than 64 rows 16-bit
-    products would not run on the matrix units of Hopper and Blackwell.
+    Taller tiles spill: of fp32, and where they read through maps, as more stages there do. With
+    fewer than 64 rows 16-bit products would not run on the matrix units of Hopper and Blackwell.
     """
     m, n, k = (int(how.values[f"BLOCK_{axis}"]) for axis in "MNK")
     half = dtype.itemsize == 2
@@ -270,7 +270,7 @@ def variants(how: Launch, dtype: torch.dtype) -> list[Launch]:
         values = {**how.values, "BLOCK_M": m, "BLOCK_K": k, "ALIGNED": aligned}
         values |= narrowed(values, n)
         told = replace(how, values=values, tiles=values["TILES"], warps=warps(values))
-        tried += [replace(told, stages=s) for s in AHEAD]
+        tried += [replace(told, stages=s) for s in ((3, 4) if values["IN_MAP"] else AHEAD)]
     return [one for at, one in enumerate(tried) if one not in tried[:at]]
 
 
