@@ -46,9 +46,7 @@ FEED = {16: 0.28, 32: 0.45, 64: 0.65, 128: 0.7}
 # weight and a token, and 7 for a number. Derived, not timed.
 APART, ALONG, TURNED, LAID = 3.0e12, 10.0e12, 13.0e12, 4.0e12
 LAID_FOR = 128  # tokens: more lay a weight out again
-NEAR = (
-    192 * 2**10
-)  # bytes of x that the L1 cache has room for; what is not there takes twice as long
+NEAR = 192 * 2**10  # bytes of x that the L1 cache has room for; others take twice as long
 
 
 def is_gpu(g: Geometry) -> bool:

@@ -181,10 +181,8 @@ def turned(x: Any, rows: int, in_map: Any = None) -> Any:
 
     aten = torch.ops.aten
     taken = x if in_map is None else lowerings[aten.index.Tensor](x, [None, in_map])
-    y, (tokens,) = (
-        lowerings[aten.permute.default](taken, [1, 0]),
-        inductor.numbers(x.get_size()[:1]),
-    )
+    y = lowerings[aten.permute.default](taken, [1, 0])
+    (tokens,) = inductor.numbers(x.get_size()[:1])
     more = rows - tokens
     return lowerings[aten.constant_pad_nd.default](y, [0, more], 0) if more else y
 
