@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from padst_compiler import cpp_templates as inductor
 from padst_compiler import triton_templates as triton
 from padst_compiler.formulation import Formulation, Geometry
 from padst_compiler.gpu_cost import (
-    ALONG,
     APART,
     expanded_seconds,
     is_gpu,
@@ -42,7 +42,7 @@ from padst_compiler.kernels.gpu_lowering import (
 from padst_compiler.ops import LINEAR, LINEAR_DW, LINEAR_DX
 from padst_compiler.structures import NM
 
-__all__ = ["DW_FORMS", "DX_FORMS", "LINEAR_FORMS", "LOWERINGS", "NARROW_FORMS"]
+__all__ = ["DW_FORMS", "DX_FORMS", "FROZEN_FORMS", "LINEAR_FORMS", "LOWERINGS", "SORTED_FORM"]
 
 NAMES = ("fan_in", "nm", "diagonal")
 
@@ -50,26 +50,48 @@ NAMES = ("fan_in", "nm", "diagonal")
 # -- formulations ----------------------------------------------------------------------------------
 
 SORTED = 10  # times that what is sorted is read and written
+# Instructions of a diagonal and an output, once and for each token, read off the compiled kernels,
+# and how many a second 132 multiprocessors of 1.75 GHz start.
+OFFSET, TOKEN, ISSUED = 26.0, 6.0, 2.96e13
 
 
 def _sums(g: Geometry, *, lists: bool = False, more: int = 0, index: float = 4.0) -> float | None:
     """Return the cost of sums; ``index`` is the bytes of a weight's index."""
     if not (is_gpu(g) and triton.is_available()):
         return None
-    diagonal = g.structure.name == "diagonal"
     numbers = g.tokens * (g.shape.in_features + g.shape.out_features) + g.nnz
-    moved = numbers * g.item + (0.0 if diagonal else index * g.nnz)
-    taken = seconds(2.0 * g.tokens * g.nnz, ALONG if diagonal else APART, moved)
-    if lists and not diagonal:
+    moved = numbers * g.item + index * g.nnz
+    taken = seconds(2.0 * g.tokens * g.nnz, APART, moved)
+    if lists:
         taken += seconds(0.0, 1.0, SORTED * 12.0 * g.nnz) + launches(4)
     return priced(taken + launches(more))
+
+
+def _crossing(
+    g: Geometry, *, dx: bool = False, ordered: bool = False, more: int = 0
+) -> float | None:
+    """Return the cost of sums of diagonals.
+
+    Args:
+        g: the call.
+        dx: whether it is the gradient of the inputs.
+        ordered: diagonals are sorted, so that those that miss a tile are left out together.
+        more: further kernels.
+    """
+    if not (is_gpu(g) and triton.is_available()):
+        return None
+    outputs, inputs = g.shape.out_features, g.shape.in_features
+    missed = (inputs / outputs) if dx else (outputs / inputs)
+    moved = (g.tokens * (inputs + outputs) + g.nnz) * g.item
+    met = g.nnz * (1.0 if ordered else max(1.0, missed))
+    return priced(seconds(met * (OFFSET + TOKEN * g.tokens), ISSUED, moved) + launches(more))
 
 
 def _products(g: Geometry, *, index: float = 4.0) -> float | None:
     """Return the cost of a forward pass, by the kernel that the lowering takes."""
     cost = _sums(g, index=index)
-    if cost is None or g.structure.name == "diagonal":
-        return cost
+    if cost is None:
+        return None
     outputs, inputs = g.shape.out_features, g.shape.in_features
     tokens, dtype = g.tokens, g.dtype
     moved = (tokens * (inputs + outputs) + g.nnz) * g.item + index * g.nnz
@@ -89,7 +111,7 @@ def _linear_form(name: str) -> Formulation:
         y: Tensor = LINEAR[name](x, values, indices, None, out_features)
         return y if bias is None else y + bias
 
-    return Formulation("triton", linear, _products)
+    return Formulation("triton", linear, _crossing if name == "diagonal" else _products)
 
 
 def _narrow(inputs: int, groups: int) -> torch.dtype | None:
@@ -116,13 +138,38 @@ def _narrow_form(name: str) -> Formulation:
     return Formulation("triton_narrow", linear, cost)
 
 
-NARROW_FORMS = {name: _narrow_form(name) for name in ("fan_in", "nm")}
-LINEAR_FORMS = {name: _linear_form(name) for name in NAMES}
-DX_FORMS = {
-    name: Formulation("triton", LINEAR_DX[name], lambda g: _sums(g, lists=True)) for name in NAMES
+def _sorted(
+    x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    ordered, order = indices[0].sort(stable=True)
+    kept = values.index_select(1, order)
+    y: Tensor = LINEAR["diagonal"](x, kept, ordered[None], None, out_features)
+    return y if bias is None else y + bias
+
+
+def _sorted_cost(g: Geometry) -> float | None:
+    wider = g.shape.out_features > g.shape.in_features  # else every diagonal meets every output
+    return _crossing(g, ordered=True) if g.frozen and wider else None
+
+
+SORTED_FORM = Formulation("triton_sorted", _sorted, _sorted_cost)
+"""Frozen diagonals in the order of their offsets."""
+
+FROZEN_FORMS = {
+    "fan_in": _narrow_form("fan_in"),
+    "nm": _narrow_form("nm"),
+    "diagonal": SORTED_FORM,
 }
+LINEAR_FORMS = {name: _linear_form(name) for name in NAMES}
+_LISTED, _DIAGONAL = partial(_sums, lists=True), partial(_crossing, dx=True)
+DX_FORMS = {
+    name: Formulation("triton", LINEAR_DX[name], _DIAGONAL if name == "diagonal" else _LISTED)
+    for name in NAMES
+}
+_SUMS_DW, _DIAGONAL_DW = partial(_sums, more=1), partial(_crossing, ordered=True, more=1)
 DW_FORMS = {
-    name: Formulation("triton", LINEAR_DW[name], lambda g: _sums(g, more=1)) for name in NAMES
+    name: Formulation("triton", LINEAR_DW[name], _DIAGONAL_DW if name == "diagonal" else _SUMS_DW)
+    for name in NAMES
 }
 
 

@@ -63,7 +63,7 @@ _COMPILED: dict[Any, tuple[Formulation, ...]] = {
     **{LINEAR_DW[name]: ways for name, ways in micro_gradients.DW_FORMS.items()},
 }
 for _ops, _forms in (
-    (LINEAR, gpu_sums.NARROW_FORMS),
+    (LINEAR, gpu_sums.FROZEN_FORMS),
     (LINEAR, gpu_sums.LINEAR_FORMS),
     (LINEAR_DX, gpu_sums.DX_FORMS),
     (LINEAR_DW, gpu_sums.DW_FORMS),

@@ -5,7 +5,8 @@ A program holds a tile of tokens, outputs and terms; a term is a weight times th
 read the same inputs, so for many tokens a dense product is faster. Sums are fp32.
 
 ===========  =======================================================================================
-linear       outputs and the terms of each; fan-in is N:M of one group as wide as the layer
+linear       outputs and the terms of each; fan-in is N:M of one group as wide as the layer. Of
+             diagonals steps are left out in which none meets the tile: sorted, they lie together
 dx           fan-in, N:M: the weights of every column, listed by ``by_column``; of diagonals linear
 dw           a tile of weights over tokens: ``SPLIT`` parts of them are summed apart and then
              together, in one order, so that results repeat
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ LOOP = """
     for start in range(0, terms, BLOCK_J):
         j = (start + tl.arange(0, BLOCK_J))[{{"None, None, :" if AXIS == 2 else "None, :, None"}}]
 """
-END = """
+TERM = """
 {%- if BLOCK_M > 1 %}
         place = tl.max_contiguous(place, (1, 1, 1))  # as x lies: else x goes through shared memory
 {%- endif %}
@@ -58,6 +60,8 @@ END = """
 {%- endif %}
         x = tl.load(row + feature, mask=token & live, other=0.0)
         parts += w.to(tl.float32) * x.to(tl.float32)
+"""
+STORE = """
     acc = tl.sum(parts, AXIS)
     column = rn
 {%- if OUT_MAP %}
@@ -81,7 +85,7 @@ GATHERED = Kernel(
 {{%- if GROUPS > 1 %}}
         feature += j // (KEPT // GROUPS) * GROUP
 {{%- endif %}}
-{END}""",
+{TERM}{STORE}""",
 )
 LISTED = Kernel(
     "padst_listed",
@@ -94,7 +98,7 @@ LISTED = Kernel(
         live = first + j < last
         place = tl.load(ORDER + first + j, mask=live, other=0)
         feature = place // KEPT
-{END}""",
+{TERM}{STORE}""",
 )
 DIAGONAL = Kernel(
     "padst_diagonal",
@@ -105,16 +109,21 @@ DIAGONAL = Kernel(
         live = (n < WIDE) & (j < KEPT)
         offset = tl.load(INDICES + j, mask=j < KEPT, other=0)
 {{%- if WRAPS %}}
-        feature = n + offset
-        feature = tl.where(feature < AROUND, feature, feature - AROUND)
-        place = j * ALONG + n
+        if True:  # every diagonal meets every output
+            feature = n + offset
+            feature = tl.where(feature < AROUND, feature, feature - AROUND)
+            place = j * ALONG + n
 {{%- else %}}
-        feature = n - offset
-        feature = tl.where(feature < 0, feature + AROUND, feature)
-        live = live & (feature < ALONG)
-        place = j * ALONG + feature
+        first = part * BLOCK_N - offset
+        first = tl.where(first < 0, first + AROUND, first)
+        meets = ((first < ALONG) | (first > AROUND - BLOCK_N)) & (j < KEPT)
+        if tl.max(meets.to(tl.int32)) > 0:
+            feature = n - offset
+            feature = tl.where(feature < 0, feature + AROUND, feature)
+            live = live & (feature < ALONG)
+            place = j * ALONG + feature
 {{%- endif %}}
-{END}""",
+{indent(TERM, "    ")}{STORE}""",
 )
 
 # -- gradients: dw(a, b) = sum over t of g[t, output(a, b)] * x[t, feature(a, b)], as w is stored --

@@ -15,7 +15,6 @@ import torch
 from padst_compiler.formulation import LAUNCH, Geometry
 
 __all__ = [
-    "ALONG",
     "APART",
     "dense_seconds",
     "expanded_seconds",
@@ -44,7 +43,7 @@ FEED = {16: 0.28, 32: 0.45, 64: 0.65, 128: 0.7}
 # lies apart a request brings few; of x turned it brings those of many tokens. Numbers a second of
 # N:M laid out in registers. The last two by the instructions of the compiled kernels, 4.2 for a
 # weight and a token, and 7 for a number. Derived, not timed.
-APART, ALONG, TURNED, LAID = 3.0e12, 10.0e12, 13.0e12, 4.0e12
+APART, TURNED, LAID = 3.0e12, 13.0e12, 4.0e12
 LAID_FOR = 128  # tokens: more lay a weight out again
 NEAR = 192 * 2**10  # bytes of x that the L1 cache has room for; others take twice as long
 

@@ -11,7 +11,7 @@ OFFERED = {
     "block_linear_dx": "micro_kernel bf16_pairs triton bmm_scatter",
     "block_linear_dw": "micro_kernel bf16_pairs triton bmm",
     "nm_linear": "micro_kernel feature_kernel semi_structured triton_narrow triton embedding_bag",
-    "diagonal_linear": "micro_kernel triton embedding_bag",
+    "diagonal_linear": "micro_kernel triton_sorted triton embedding_bag",
     "diagonal_linear_dx": "micro_kernel triton",
     "fan_in_linear": "micro_kernel feature_kernel triton_narrow triton embedding_bag",
     "nm_linear_dx": "feature_kernel triton",
@@ -40,6 +40,7 @@ def test_plain_ways_are_those_that_need_no_compiler() -> None:
         "semi_structured",
         "triton",
         "triton_narrow",
+        "triton_sorted",
     }
     for op, ways in CANDIDATES.items():
         plain = [way.name for way in PLAIN[op]]
