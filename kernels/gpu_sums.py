@@ -1,7 +1,7 @@
 """Element kernels on a GPU: what they are predicted to cost, and how Inductor lowers to them.
 
-The texts are those of ``triton_sums.py``, for few tokens, and for N:M with some tens of tokens
-that of ``triton_expand.py``. For more a dense product is cheaper, and is chosen.
+The texts are those of ``triton_sums.py``, for few tokens; for more of them fan-in has that of
+``triton_turned.py``, N:M that of ``triton_expand.py``. Then a dense product is cheaper.
 """
 
 from __future__ import annotations

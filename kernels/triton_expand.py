@@ -164,10 +164,9 @@ def nm_linear(
     indices: Tensor,
     bias: Tensor | None,
     out_features: int,
-    in_map: Tensor | None = None,
-    into: Tensor | None = None,
+    *maps: Tensor | None,
 ) -> Tensor:
-    """Return what ``linear`` does, by it or by sums."""
-    tokens = math.prod(x.shape[:-1])
-    how = linear if pays(values.shape, read(x, in_map), tokens, x.dtype) else gathered_linear
-    return how(x, values, indices, bias, out_features, in_map, into)
+    """Return what ``linear`` does, by it or by sums; ``maps`` are its last two arguments."""
+    inputs, tokens = read(x, maps[0] if maps else None), math.prod(x.shape[:-1])
+    how = linear if pays(values.shape, inputs, tokens, x.dtype) else gathered_linear
+    return how(x, values, indices, bias, out_features, *maps)

@@ -100,7 +100,7 @@ def gathered(values: Sequence[int], tokens: int) -> Launch:
     n = min(PRODUCTS // m // j, max(16, power(outputs)))
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_J": j, "TILES": -(-outputs // n), "WIDE": outputs}
     return Launch(
-        {**sizes, "ROWS": -(-tokens // m) * m, "KEPT": kept, "IN_MAP": False},
+        {**sizes, "ROWS": -(-tokens // m) * m, "KEPT": kept},
         tiles=sizes["TILES"],
     )
 
@@ -141,10 +141,9 @@ def fan_in_linear(
     indices: Tensor,
     bias: Tensor | None,
     out_features: int,
-    in_map: Tensor | None = None,
-    into: Tensor | None = None,
+    *maps: Tensor | None,
 ) -> Tensor:
-    """Return what ``linear`` does, by it or by sums."""
-    about = values.shape, read(x, in_map), math.prod(x.shape[:-1]), x.dtype
+    """Return what ``linear`` does, by it or by sums; ``maps`` are its last two arguments."""
+    about = values.shape, read(x, maps[0] if maps else None), math.prod(x.shape[:-1]), x.dtype
     how = linear if pays(*about, indices.element_size()) else gathered_linear
-    return how(x, values, indices, bias, out_features, in_map, into)
+    return how(x, values, indices, bias, out_features, *maps)

@@ -216,8 +216,8 @@ def compile_with_inductor(
     """Compile through ``compile_fx``, so that caches, autotuning, CUDA graphs and autograd work."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    inner, told_too = told(compile_fx_inner, examples), {**inductor_defaults(), **options}
-    compiled: Any = compile_fx(graph_module, list(examples), inner, config_patches=told_too)
+    inner, patches = told(compile_fx_inner, examples), {**inductor_defaults(), **options}
+    compiled: Any = compile_fx(graph_module, list(examples), inner, config_patches=patches)
     return cast("Callback", compiled)
 
 

@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -128,18 +130,12 @@ def test_the_operator_runs_the_cheaper_kernel(
 ) -> None:
     values, indices, dense = (t.to(device) for t in weights(FanIn(), SHAPES[0], torch.float32, 0.5))
     x = torch.randn(4, SHAPES[0].in_features).to(device)
-    ran: list[str] = []
-    for name in ("linear", "gathered_linear"):
-        run = getattr(triton_turned, name)
-
-        def told(*given: object, run=run, name: str = name) -> Tensor:  # type: ignore[no-untyped-def]
-            ran.append(name)
-            result: Tensor = run(*given)
-            return result
-
-        monkeypatch.setattr(triton_turned, name, told)
+    runs = [getattr(triton_turned, name) for name in ("linear", "gathered_linear")]
+    told = [Mock(wraps=run) for run in runs]
+    for name, run in zip(("linear", "gathered_linear"), told, strict=True):
+        monkeypatch.setattr(triton_turned, name, run)
     for paying in (True, False):
         monkeypatch.setattr(triton_turned, "pays", lambda *_, paying=paying: paying)
         y = fan_in_linear(x, values, indices, None, SHAPES[0].out_features)
         near(y, x.double() @ dense.t(), torch.float32)
-    assert ran == ["linear", "gathered_linear"]
+        assert [run.call_count for run in told] == [1, 0 if paying else 1]
